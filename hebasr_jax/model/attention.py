@@ -1,0 +1,73 @@
+"""The one door to attention kernels. Masks are given as lengths, never as a full boolean mask."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Kernel = Literal["cudnn", "xla"]
+
+
+def pick_kernel(requested: Kernel | Literal["auto"], dtype: jnp.dtype, platform: str) -> Kernel:
+    """The kernel a run will use: cuDNN for 16-bit floats on a GPU, else XLA.
+
+    Raises:
+      ValueError: a kernel that was asked for by name and cannot be had here.
+    """
+    fits_cudnn = platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2
+    if requested == "cudnn" and not fits_cudnn:
+        raise ValueError(
+            f"the cudnn attention kernel needs a GPU and bfloat16, not {jnp.dtype(dtype).name} "
+            f"on {platform}; ask for xla or auto"
+        )
+    if requested == "auto":
+        return "cudnn" if fits_cudnn else "xla"
+    return requested
+
+
+def attend(
+    q_BLNH: Float[Array, "B L N H"],
+    k_BLKH: Float[Array, "B L K H"],
+    v_BLKH: Float[Array, "B L K H"],
+    *,
+    lengths_B: Int[Array, " B"],
+    causal: bool,
+    kernel: Kernel,
+) -> Float[Array, "B L N H"]:
+    """Self-attention inside right-padded rows, scale H**-0.5, softmax in float32.
+
+    Query head n reads key head n // (N / K). `lengths_B` must be at least 1: cuDNN has been seen
+    to fail on empty rows. Output behind a row's length is finite and has no meaning.
+    """
+    with jax.default_matmul_precision(matmul_precision(q_BLNH.dtype)):
+        return jax.nn.dot_product_attention(
+            q_BLNH,
+            k_BLKH,
+            v_BLKH,
+            query_seq_lengths=lengths_B.astype(jnp.int32),
+            key_value_seq_lengths=lengths_B.astype(jnp.int32),
+            is_causal=causal,
+            implementation=kernel,
+        )
+
+
+def attend_cache(
+    q_B1NH: Float[Array, "B 1 N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    valid_BS: Bool[Array, "B S"],
+) -> Float[Array, "B 1 N H"]:
+    """Attention of one new position to the valid slots of a key/value cache.
+
+    A decode step is bound by reading the cache, not by arithmetic, so plain XLA serves it.
+    """
+    with jax.default_matmul_precision(matmul_precision(q_B1NH.dtype)):
+        return jax.nn.dot_product_attention(
+            q_B1NH, k_BSKH, v_BSKH, mask=valid_BS[:, None, None, :], implementation="xla"
+        )
+
+
+def matmul_precision(dtype: jnp.dtype) -> str:
+    """float32 must mean float32: on Hopper the default product of two float32 arrays is TF32."""
+    return "highest" if jnp.dtype(dtype) == jnp.float32 else "default"

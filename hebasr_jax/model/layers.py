@@ -1,0 +1,83 @@
+"""Norms, projections and rotary positions: nothing here knows of audio or text."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from hebasr_jax.model.attention import Kernel, matmul_precision
+
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes; what it computes is in `ModelConfig`.
+
+    dtype: of activations and of the weights as they enter a product.
+    kernel: attention kernel of the encoder's windows and of the decoder's full rows.
+    remat: what the backward pass of a layer recomputes: nothing, all but the outputs of weight
+      products, or the whole layer.
+    """
+
+    dtype: Any = jnp.float32
+    kernel: Kernel = "xla"
+    remat: Remat = "none"
+
+
+def linear(n_in: int, n_out: int, bias: bool, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
+    """Dense layer with kernel [n_in, n_out]."""
+    return nnx.Linear(
+        n_in,
+        n_out,
+        use_bias=bias,
+        dtype=compute.dtype,
+        precision=matmul_precision(compute.dtype),
+        rngs=rngs,
+    )
+
+
+def layer_norm(width: int, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with torch's epsilon (Flax's default is 1e-6) and a two-pass variance."""
+    return nnx.LayerNorm(
+        width, epsilon=1e-5, use_fast_variance=False, dtype=compute.dtype, rngs=rngs
+    )
+
+
+def rms_norm(width: int, epsilon: float, compute: Compute, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm, computed in float32 and returned in the compute dtype."""
+    return nnx.RMSNorm(width, epsilon=epsilon, dtype=compute.dtype, rngs=rngs)
+
+
+def stack(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
+    """`layers` copies of `make(rngs)` as one module whose arrays have a leading layer axis."""
+    return nnx.vmap(make)(rngs.split(layers))
+
+
+def scan_layers(body: Any, x: Array, layers: Any, compute: Compute) -> tuple[Array, Any]:
+    """Runs `x, y = body(layer, x)` over stacked layers; returns the last x and the stacked ys."""
+    policies = {
+        "none": jax.checkpoint_policies.everything_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    if compute.remat != "none":
+        body = jax.checkpoint(body, policy=policies[compute.remat])
+    return jax.lax.scan(lambda x, layer: body(layer, x), x, layers)
+
+
+def rotary_angles(positions_BL: Int[Array, "B L"], head_dim: int, theta: float) -> Array:
+    """Rotary angles [B, L, head_dim / 2] in float32: position * theta ** (-2i / head_dim)."""
+    frequency_H = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    return positions_BL[..., None].astype(jnp.float32) * frequency_H
+
+
+def rotate(x_BLNH: Float[Array, "B L N H"], angles_BLH: Array) -> Float[Array, "B L N H"]:
+    """Rotates the pairs (i, i + H/2), the half-split form of Qwen3, in float32."""
+    cos, sin = jnp.cos(angles_BLH)[:, :, None], jnp.sin(angles_BLH)[:, :, None]
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLNH.dtype)
