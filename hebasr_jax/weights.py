@@ -21,9 +21,9 @@ from hebasr_jax.config import Layout, ModelConfig
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import Params, abstract_params
 
-_CONV = "out in mel time -> time mel in out"  # torch sees [mel, time] images, we [time, mel]
-_FLAT = "out (c mel) -> (mel c) out"  # torch flattens the stem's output channel-major, we bin-major
-_DENSE = "out in -> in out"
+_CONV = "o i mel time -> time mel i o"  # torch sees [mel, time] images, we [time, mel]
+_FLAT = "o (c mel) -> (mel c) o"  # torch flattens the stem's output channel-major, we bin-major
+_DENSE = "o i -> i o"
 _SAME = "... -> ..."
 
 

@@ -4,12 +4,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 Kernel = Literal["cudnn", "xla"]
 
 
-def pick_kernel(requested: Kernel | Literal["auto"], dtype: jnp.dtype, platform: str) -> Kernel:
+def pick_kernel(requested: Kernel | Literal["auto"], dtype: DTypeLike, platform: str) -> Kernel:
     """The kernel a run will use: cuDNN for 16-bit floats on a GPU, else XLA.
 
     Raises:
@@ -68,6 +69,6 @@ def attend_cache(
         )
 
 
-def matmul_precision(dtype: jnp.dtype) -> str:
+def matmul_precision(dtype: DTypeLike) -> str:
     """float32 must mean float32: on Hopper the default product of two float32 arrays is TF32."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else "default"

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from hebasr_jax.model.attention import Kernel, matmul_precision
@@ -23,7 +24,7 @@ class Compute:
       products, or the whole layer.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     kernel: Kernel = "xla"
     remat: Remat = "none"
 

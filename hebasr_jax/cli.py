@@ -1,0 +1,271 @@
+"""Commands and their flags. Heavy imports wait until a command runs: --help answers at once."""
+
+import contextlib
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from hebasr_jax import __version__
+from hebasr_jax.config import Layout
+from hebasr_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hebasr_jax.transcribe import Recognition
+
+_WINDOW_S = 3600.0  # audio read ahead, so that clips of like length share a batch
+_INTERRUPTED = 130
+_ABOUT = "Hebrew speech recognition with Qwen3-ASR in JAX"
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcribe:
+    """Audio files to text.
+
+    Prints the text of each file, or writes it under --out-dir. A file that cannot be read does
+    not stop the others: it is named at the end, and the exit code is 1.
+    """
+
+    model: tyro.conf.Positional[str]
+    """model folder in either layout, or hub id such as Qwen/Qwen3-ASR-1.7B"""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """files, folders or globs: wav flac mp3 ogg opus, and m4a mp4 webm with the extra 'av'"""
+    format: tuple[Literal["txt", "json"], ...] = ("txt",)
+    """what to write for each file"""
+    out_dir: Path | None = None
+    """folder to write to; folders among the inputs are kept below it"""
+    timestamps: bool = False
+    """ask for time stamps (of a model trained with them)"""
+    context: str = ""
+    """text that came before, or words to expect"""
+    language: str = "Hebrew"
+    """English name of the language; auto lets the model say it"""
+    max_new_tokens: int | None = None
+    """token budget of each file; by default 8 a second plus 16"""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """by default bfloat16 on a GPU, else float32"""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """attention kernel; one that cannot be had is an error"""
+    batch_audio_s: float = 240.0
+    """seconds of padded audio decoded together; raise it on a large GPU"""
+    revision: str | None = None
+    """branch, tag or commit of a hub id"""
+
+    def run(self) -> int:
+        from hebasr_jax.audio import expand_inputs
+        from hebasr_jax.text import PromptStyle
+        from hebasr_jax.transcribe import load_recognizer, transcribe
+        from hebasr_jax.writers import output_stems
+
+        _require(bool(self.inputs), "no audio files given", "name files, folders or globs")
+        _require((self.max_new_tokens or 1) > 0, "--max-new-tokens must be at least 1")
+        _require(self.batch_audio_s > 0, "--batch-audio-s must be positive")
+        paths = expand_inputs(self.inputs)
+        named = None if self.language == "auto" else self.language
+        style = PromptStyle(named, language_in_prompt=named is not None, stamps=self.timestamps)
+        stems = output_stems(paths, self.out_dir) if self.out_dir else {}
+        recognizer = load_recognizer(
+            self.model, revision=self.revision, dtype=self.dtype, kernel=self.attention
+        )
+        _say(f"{self.model}: {recognizer.description}")
+        failed: list[str] = []
+        with _progress(len(paths)) as advance:
+            for window in _windows(paths, failed):
+                results = transcribe(
+                    recognizer,
+                    [wave for _, wave in window],
+                    style=style,
+                    context=self.context,
+                    max_new_tokens=self.max_new_tokens,
+                    batch_audio_s=self.batch_audio_s,
+                )
+                for (path, _), result in zip(window, results, strict=True):
+                    self._put(path, result, stems, several=len(paths) > 1)
+                    advance(path.name)
+        for line in failed:
+            _say(f"not transcribed: {line}")
+        return 1 if failed else 0
+
+    def _put(
+        self, path: Path, result: "Recognition", stems: dict[Path, Path], several: bool
+    ) -> None:
+        """Writes or prints one result; text that may be cut is never passed over in silence."""
+        from hebasr_jax.writers import render, write_whole
+
+        if not result.finished:
+            _say(
+                f"warning: {path}: the budget of tokens ran out after {len(result.tokens)}: "
+                "text may be missing; raise --max-new-tokens"
+            )
+        for kind in self.format:
+            text = render(kind, path, result)
+            if self.out_dir:
+                write_whole(Path(f"{stems[path]}.{kind}"), text)
+            else:
+                named = several and kind == "txt"
+                print(f"{path}\t{text}" if named else text, end="", flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """A model to a complete folder in either Hugging Face layout.
+
+    original is for qwen-asr and vLLM, transformers for transformers 5.13 and later. Weights are
+    not touched unless --dtype says so; nothing is written unless all of it is.
+    """
+
+    source: tyro.conf.Positional[str]
+    """model folder in either layout, or hub id"""
+    destination: tyro.conf.Positional[Path]
+    """new folder"""
+    layout: Layout
+    """layout to write"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """store the weights so; by default as they are"""
+    shard_gb: float | None = None
+    """split the weights into files of at most this many GB; by default one file"""
+    add_timestamps: bool = False
+    """add the 135 time-stamp tokens to the tokenizer (for fine-tuning with them)"""
+    revision: str | None = None
+    """branch, tag or commit of a hub id"""
+
+    def run(self) -> int:
+        import jax.numpy as jnp
+        import numpy as np
+
+        from hebasr_jax.config import layout_of, model_config, read_config
+        from hebasr_jax.export import write_model
+        from hebasr_jax.hub import find_model
+        from hebasr_jax.weights import load_params
+
+        _require(self.shard_gb is None or self.shard_gb > 0, "--shard-gb must be positive")
+        folder = find_model(self.source, revision=self.revision)
+        content = read_config(folder.path)
+        config = model_config(content)
+        _say(f"reading {self.source} ({layout_of(content)} layout)")
+        params = load_params(folder.path, config, layout_of(content), place=np.asarray)
+        write_model(
+            params,
+            config,
+            folder.path,
+            self.destination,
+            self.layout,
+            dtype=self.dtype and jnp.dtype(self.dtype),
+            shard_bytes=int(self.shard_gb * 1e9) if self.shard_gb else None,
+            stamps=self.add_timestamps,
+        )
+        at = f" at {folder.revision}" if folder.revision else ""
+        _say(f"wrote {self.destination} ({self.layout} layout) from {self.source}{at}")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """A tiny random model through the whole path: write, transcribe, convert, transcribe."""
+
+    def run(self) -> int:
+        from hebasr_jax.demo import run
+
+        run()
+        return 0
+
+
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "transcribe": Transcribe,
+    "convert": Convert,
+    "demo": Demo,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 1 comes with one to three lines on stderr.
+
+    `--debug`, anywhere among the arguments, shows the trace of an error.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    if words == ["--version"]:
+        print(__version__)
+        return 0
+    command: Any = tyro.extras.subcommand_cli_from_dict(
+        _COMMANDS, prog="hebasr", description=f"{_ABOUT} (version {__version__})", args=words
+    )
+    try:
+        return command.run()
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return _INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        elif isinstance(error, UserError):
+            _say(f"error: {error}")
+        else:
+            _say(
+                f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+            _say(
+                "this is a fault of hebasr or of the machine: run again with --debug and report it"
+            )
+        return 1
+
+
+def _require(condition: bool, what: str, do: str = "") -> None:
+    if not condition:
+        raise UserError(what, do=do)
+
+
+def _say(line: str) -> None:
+    """Everything that is not a result goes to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _windows(paths: Sequence[Path], failed: list[str]) -> "Iterator[list[tuple[Path, np.ndarray]]]":
+    """Reads files about an hour of audio at a time; those that cannot be read go to `failed`."""
+    from hebasr_jax.audio import SAMPLE_RATE, read_audio
+    from hebasr_jax.transcribe import MAX_CLIP_S
+
+    window: list[tuple[Path, np.ndarray]] = []
+    seconds = 0.0
+    for path in paths:
+        try:
+            wave = read_audio(path, max_seconds=MAX_CLIP_S)
+        except UserError as error:
+            failed.append(str(error))
+            continue
+        window.append((path, wave))
+        seconds += len(wave) / SAMPLE_RATE
+        if seconds >= _WINDOW_S:
+            yield window
+            window, seconds = [], 0.0
+    if window:
+        yield window
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, a line for each finished file elsewhere; nothing for one file."""
+    if total < 2:
+        yield lambda name: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("transcribing", total=total)
+            yield lambda name: bar.update(task, advance=1, description=name)
+    else:
+        names: list[str] = []
+
+        def advance(name: str) -> None:
+            names.append(name)
+            _say(f"{len(names)}/{total} {name}")
+
+        yield advance

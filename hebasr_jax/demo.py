@@ -1,0 +1,126 @@
+"""A tiny random model of the real classes with a tokenizer of bytes, for `make demo` and tests."""
+
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from hebasr_jax.audio import SAMPLE_RATE, read_audio
+from hebasr_jax.config import DecoderConfig, EncoderConfig, ModelConfig
+from hebasr_jax.export import new_folder, write_model
+from hebasr_jax.layout import write_json, write_settings
+from hebasr_jax.model.asr import init_params
+from hebasr_jax.text import load_tokenizer
+from hebasr_jax.timestamps import STAMP_TOKENS
+from hebasr_jax.transcribe import load_recognizer, transcribe
+from hebasr_jax.weights import save_params
+
+# The control tokens of the real tokenizer, in its order; True: dropped from decoded text.
+_CONTROL = (
+    ("<|endoftext|>", True),
+    ("<|im_start|>", True),
+    ("<|im_end|>", True),
+    ("<|audio_start|>", True),
+    ("<|audio_end|>", True),
+    ("<non_speech>", False),
+    ("<|audio_pad|>", True),
+    ("<asr_text>", False),
+)
+_BYTES = 256
+_SPARE = 1 + len(STAMP_TOKENS)  # rows for the filler and the time stamps
+
+TINY = ModelConfig(
+    encoder=EncoderConfig(
+        mel_bins=128,
+        conv_channels=16,
+        width=32,
+        layers=2,
+        heads=4,
+        mlp_width=64,
+        window_chunks=8,
+    ),
+    decoder=DecoderConfig(
+        vocab_size=_BYTES + len(_CONTROL) + _SPARE,
+        width=48,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mlp_width=96,
+        max_positions=4096,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+    ),
+    audio_token_id=_BYTES + [name for name, _ in _CONTROL].index("<|audio_pad|>"),
+)
+
+
+def write_tiny_model(destination: Path, *, seed: int = 0, config: ModelConfig = TINY) -> None:
+    """A model folder in the transformers layout with random float32 weights."""
+    with new_folder(destination) as folder:
+        write_byte_tokenizer(folder)
+        write_settings(folder, config, load_tokenizer(folder), "transformers", "float32")
+        params = init_params(config, jax.random.key(seed))
+        save_params(params, config, "transformers", folder)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer of the 256 bytes and the control tokens: any text, no merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [AddedToken(name, special=special, normalized=False) for name, special in _CONTROL]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    audio = {
+        "audio_token": "<|audio_pad|>",
+        "audio_bos_token": "<|audio_start|>",
+        "audio_eos_token": "<|audio_end|>",
+    }
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "processor_class": "Qwen3ASRProcessor",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 131072,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "extra_special_tokens": [name for name, special in _CONTROL if special],
+        "model_specific_special_tokens": audio,
+        **audio,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def run() -> None:
+    """Builds a tiny model, transcribes a generated sound, and shows that both layouts agree."""
+    import soundfile
+
+    folder = Path(tempfile.mkdtemp(prefix="hebasr-demo-"))
+    print(f"1. A tiny Qwen3-ASR with random weights: {folder / 'tiny'}")
+    write_tiny_model(folder / "tiny")
+    seconds = np.arange(3 * SAMPLE_RATE) / SAMPLE_RATE
+    chord = sum(0.2 * np.sin(2 * np.pi * hertz * seconds) for hertz in (220.0, 277.2, 329.6))
+    soundfile.write(folder / "chord.wav", chord, SAMPLE_RATE)
+    print(f"2. A sound of 3 seconds: {folder / 'chord.wav'}")
+    wave = read_audio(folder / "chord.wav", max_seconds=60)
+    recognizer = load_recognizer(str(folder / "tiny"))
+    first = transcribe(recognizer, [wave], max_new_tokens=24)[0]
+    print(f"3. Transcribed ({recognizer.description}): {first.transcript.text!r}")
+    print("   Weights are random, so the text means nothing; the path is the real one.")
+    params, config = recognizer.params, recognizer.config
+    write_model(params, config, folder / "tiny", folder / "tiny-original", "original")
+    print(f"4. Converted to the layout of qwen-asr and vLLM: {folder / 'tiny-original'}")
+    second = transcribe(load_recognizer(str(folder / "tiny-original")), [wave], max_new_tokens=24)[
+        0
+    ]
+    if second.tokens != first.tokens:
+        raise AssertionError("the converted model gives other tokens")
+    print("5. Transcribed again: the same tokens.")
+    print("Next: hebasr transcribe Qwen/Qwen3-ASR-0.6B YOUR_FILE.wav --language English")

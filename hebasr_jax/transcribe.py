@@ -1,0 +1,223 @@
+"""Clips to transcripts: load a model once, batch clips by length, decode, parse."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hebasr_jax.audio import SAMPLE_RATE
+from hebasr_jax.config import ModelConfig, layout_of, model_config, read_config
+from hebasr_jax.errors import UserError
+from hebasr_jax.features import HOP
+from hebasr_jax.generate import Clips, Generated, generate_from_wave
+from hebasr_jax.hub import ModelFolder, find_model
+from hebasr_jax.model.asr import Params
+from hebasr_jax.model.attention import Kernel, pick_kernel
+from hebasr_jax.model.layers import Compute
+from hebasr_jax.text import (
+    Prompt,
+    PromptStyle,
+    TextTokenizer,
+    Transcript,
+    build_prompt,
+    load_tokenizer,
+    parse_output,
+)
+from hebasr_jax.weights import load_params
+
+MAX_CLIP_S = 1200.0  # what qwen-asr gives the model in one piece; longer audio must be cut
+_TOKENS_PER_S = 8  # Hebrew runs at 3 to 6 tokens a second (hebrew-asr.md, 6.1)
+_TOKENS_SPARE = 16
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """A loaded model with its tokenizer and the way it computes."""
+
+    params: Params
+    config: ModelConfig
+    tokenizer: TextTokenizer
+    compute: Compute
+    folder: ModelFolder
+
+    @property
+    def description(self) -> str:
+        """One line on what runs where; each run prints it."""
+        device = jax.devices()[0]
+        millions = sum(leaf.size for leaf in jax.tree.leaves(self.params)) / 1e6
+        return (
+            f"{millions:.1f}M parameters, {np.dtype(self.compute.dtype).name} on "
+            f"{device.device_kind}, attention: {self.compute.kernel} in encoder windows and "
+            "prefill, xla in cached decoding"
+        )
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """A transcript with what it was made of.
+
+    tokens: the generated ids without the end token.
+    duration_s: of the audio, in seconds.
+    finished: False if the token budget ran out first: text may be missing.
+    """
+
+    transcript: Transcript
+    tokens: tuple[int, ...]
+    duration_s: float
+    finished: bool
+
+
+def load_recognizer(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    kernel: Kernel | Literal["auto"] = "auto",
+) -> Recognizer:
+    """Loads a model folder in either layout, or a hub id.
+
+    Args:
+      revision: branch, tag or commit of a hub id.
+      dtype: compute and weight type; None is bfloat16 on a GPU, else float32.
+      kernel: attention kernel; one that cannot be had is a UserError.
+    """
+    platform = jax.default_backend()
+    dtype = dtype or ("bfloat16" if platform == "gpu" else "float32")
+    try:
+        compute = Compute(jnp.dtype(dtype), pick_kernel(kernel, jnp.dtype(dtype), platform))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder = find_model(source, revision=revision)
+    content = read_config(folder.path)
+    config = model_config(content)
+    tokenizer = load_tokenizer(folder.path)
+    if tokenizer.special.audio_pad != config.audio_token_id:
+        raise UserError(
+            f"config.json and tokenizer of {folder.path} disagree",
+            f"audio_token_id is {config.audio_token_id}, <|audio_pad|> is "
+            f"{tokenizer.special.audio_pad}",
+            "use config.json and tokenizer files of one and the same model",
+        )
+    params = load_params(folder.path, config, layout_of(content), dtype=compute.dtype)
+    return Recognizer(params, config, tokenizer, compute, folder)
+
+
+def transcribe(
+    recognizer: Recognizer,
+    waves: Sequence[np.ndarray],
+    *,
+    style: PromptStyle | None = None,
+    context: str = "",
+    max_new_tokens: int | None = None,
+    batch_audio_s: float = 240.0,
+) -> list[Recognition]:
+    """Greedy transcripts of clips, each as if it were decoded alone.
+
+    Args:
+      waves: mono float32 or int16 samples at 16 kHz, at most MAX_CLIP_S each. Under 160 samples
+        there is no mel frame: an empty transcript, without running the model.
+      style: what the prompt gives (`text.PromptStyle`): language, time stamps.
+      context: text for the system turn.
+      max_new_tokens: budget of every clip; None is 8 a second plus 16, plus the tag.
+      batch_audio_s: seconds of padded audio decoded together; memory, not results, depends on it.
+
+    Raises:
+      UserError: a clip longer than the model takes in one piece.
+    """
+    style = style or PromptStyle()
+    for wave in waves:
+        _refuse_long(len(wave) / SAMPLE_RATE)
+    prompt = build_prompt(recognizer.tokenizer, style, context=context)
+    found: dict[int, Recognition] = {}
+    for batch in _batches([len(wave) for wave in waves], batch_audio_s):
+        chosen = [waves[i] for i in batch]
+        budgets = [max_new_tokens or _budget(len(wave)) for wave in chosen]
+        generated = jax.device_get(_decode(recognizer, chosen, prompt, budgets))
+        for row, i in enumerate(batch):
+            ids = tuple(generated.tokens_BG[row, : generated.lengths_B[row]].tolist())
+            seconds = len(waves[i]) / SAMPLE_RATE
+            transcript = parse_output(recognizer.tokenizer, style, ids, duration_s=seconds)
+            found[i] = Recognition(transcript, ids, seconds, bool(generated.finished_B[row]))
+    nothing = Transcript(style.language, "")
+    return [
+        found.get(i, Recognition(nothing, (), len(wave) / SAMPLE_RATE, finished=True))
+        for i, wave in enumerate(waves)
+    ]
+
+
+def _decode(
+    recognizer: Recognizer, waves: Sequence[np.ndarray], prompt: Prompt, budgets: list[int]
+) -> Generated:
+    """One padded batch through the program of its shape; rows and columns come in few sizes."""
+    rows = _next_power(len(waves))
+    samples = _bucket_s(max(map(len, waves)) / SAMPLE_RATE) * SAMPLE_RATE
+    text = prompt.before + prompt.after
+    columns = 32 * math.ceil(len(text) / 32)
+    wave_BS = np.zeros((rows, samples), waves[0].dtype)
+    samples_B = np.zeros(rows, np.int32)
+    budget_B = np.zeros(rows, np.int32)
+    for row, (wave, budget) in enumerate(zip(waves, budgets, strict=True)):
+        wave_BS[row, : len(wave)] = wave
+        samples_B[row], budget_B[row] = len(wave), budget
+    text_BX = np.zeros((rows, columns), np.int32)
+    text_BX[:, : len(text)] = text
+    clips = Clips(
+        wave_BS=jnp.asarray(wave_BS),
+        samples_B=jnp.asarray(samples_B),
+        text_BX=jnp.asarray(text_BX),
+        text_lengths_B=jnp.full(rows, len(text)),
+        audio_at_B=jnp.full(rows, len(prompt.before)),
+    )
+    return generate_from_wave(
+        recognizer.params,
+        clips,
+        jnp.asarray(budget_B),
+        config=recognizer.config,
+        compute=recognizer.compute,
+        end_ids=recognizer.tokenizer.special.eos,
+        max_new_tokens=32 * math.ceil(max(budgets) / 32),
+    )
+
+
+def _batches(lengths: list[int], batch_audio_s: float) -> list[list[int]]:
+    """Indices of clips with at least one frame, in batches of like length."""
+    batches: list[list[int]] = []
+    bucket = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] < HOP:
+            continue
+        seconds = _bucket_s(lengths[i] / SAMPLE_RATE)
+        full = bool(batches) and (len(batches[-1]) + 1) * bucket > batch_audio_s
+        if not batches or full or seconds != bucket:
+            batches.append([])
+            bucket = seconds
+        batches[-1].append(i)
+    return batches
+
+
+def _bucket_s(seconds: float) -> int:
+    """The length in whole seconds that a clip is padded to: 1, 2, 3, 4, then steps of a quarter."""
+    whole = max(1, math.ceil(seconds))
+    step = 2 ** max(0, (whole - 1).bit_length() - 3)
+    return step * math.ceil(whole / step)
+
+
+def _budget(samples: int) -> int:
+    return math.ceil(_TOKENS_PER_S * samples / SAMPLE_RATE) + _TOKENS_SPARE
+
+
+def _next_power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _refuse_long(seconds: float) -> None:
+    if seconds > MAX_CLIP_S:
+        raise UserError(
+            f"a clip of {seconds:.0f} s is too long",
+            f"the model takes at most {MAX_CLIP_S:.0f} s in one piece, and nothing is cut silently",
+            "cut it into pieces at silences",
+        )

@@ -1,0 +1,47 @@
+"""Shared fixtures, and the rule that a test may skip only if tests/skips.txt says why."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes on public borders are checked in tests only.
+install_import_hook("hebasr_jax", "beartype.beartype")
+
+SHARED = Path(__file__).parents[2] / "shared"
+_ABSENT = {
+    "gpu": jax.default_backend() != "gpu",
+    "shared": not (SHARED / "qwen3-asr-1.7b").is_dir(),
+}
+_REASONS = {"gpu": "no GPU", "shared": "no ../shared"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, absent in _ABSENT.items():
+            if absent and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=_REASONS[name]))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--check-skips", action="store_true", help="compare with tests/skips.txt")
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """`make test` fails when the tests that skipped are not exactly those that may."""
+    if not terminalreporter.config.getoption("check_skips"):
+        return
+    skipped = {report.nodeid.split("[")[0] for report in terminalreporter.stats.get("skipped", [])}
+    lines = (Path(__file__).parent / "skips.txt").read_text(encoding="utf-8").splitlines()
+    listed = (line.split() for line in lines if line and not line.startswith("#"))
+    expected = {test for why, test in listed if _ABSENT[why]}
+    if skipped != expected:
+        for test in sorted(skipped ^ expected):
+            how = "skipped, but is not" if test in skipped else "did not skip, but is"
+            terminalreporter.write_line(f"{test} {how} in tests/skips.txt for this machine")
+        terminalreporter._session.exitstatus = pytest.ExitCode.TESTS_FAILED
