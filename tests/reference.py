@@ -1,17 +1,19 @@
 """The reference in torch: tiny random models of transformers' own class, and its inputs."""
 
 import functools
-import json
+import io
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet
+import soundfile
 import torch
 from transformers import Qwen3ASRConfig, Qwen3ASRForConditionalGeneration
 
-from hebasr_jax.config import Layout, ModelConfig, layout_of, model_config, read_config
+from hebasr_jax.config import ModelConfig, layout_of, model_config, read_config
 from hebasr_jax.demo import TINY, write_byte_tokenizer
 from hebasr_jax.features import log_mel
 from hebasr_jax.layout import write_settings
@@ -20,6 +22,7 @@ from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.text import load_tokenizer
 from hebasr_jax.weights import load_params
 
+SHARED = Path(__file__).parents[2] / "shared"
 torch.set_num_threads(1)
 
 
@@ -77,6 +80,17 @@ def noise(samples: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     level = 0.05 + 0.1 * np.abs(np.sin(np.arange(samples) / 7000.0))
     return (rng.standard_normal(samples) * level).astype(np.float32)
+
+
+def speech(name: str, clips: int) -> list[np.ndarray]:
+    """The first clips of a set's test part in ../shared/data, at 16 kHz."""
+    table = pyarrow.parquet.read_table(SHARED / "data" / name / "test.parquet", columns=["audio"])
+    waves = []
+    for row in table.slice(0, clips).to_pylist():
+        wave, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+        assert rate == 16000
+        waves.append(wave)
+    return waves
 
 
 def features(waves: list[np.ndarray], *, samples: int | None = None) -> tuple[jax.Array, jax.Array]:

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 Kernel = Literal["cudnn", "xla"]
+_LONG, _BLOCK = 2048, 1024  # positions: rows beyond _LONG go block by block through XLA
 
 
 def pick_kernel(requested: Kernel | Literal["auto"], dtype: DTypeLike, platform: str) -> Kernel:
@@ -41,16 +42,44 @@ def attend(
     Query head n reads key head n // (N / K). `lengths_B` must be at least 1: cuDNN has been seen
     to fail on empty rows. Output behind a row's length is finite and has no meaning.
     """
+    lengths_B = lengths_B.astype(jnp.int32)
+    if kernel == "xla" and q_BLNH.shape[1] > _LONG:
+        return _attend_in_blocks(q_BLNH, k_BLKH, v_BLKH, lengths_B, causal)
     with jax.default_matmul_precision(matmul_precision(q_BLNH.dtype)):
         return jax.nn.dot_product_attention(
             q_BLNH,
             k_BLKH,
             v_BLKH,
-            query_seq_lengths=lengths_B.astype(jnp.int32),
-            key_value_seq_lengths=lengths_B.astype(jnp.int32),
+            query_seq_lengths=lengths_B,
+            key_value_seq_lengths=lengths_B,
             is_causal=causal,
             implementation=kernel,
         )
+
+
+def _attend_in_blocks(
+    q_BLNH: Array, k_BLKH: Array, v_BLKH: Array, lengths_B: Array, causal: bool
+) -> Array:
+    """XLA attention over blocks of queries: a 20-minute row's scores would not fit at once."""
+    rows, length = q_BLNH.shape[:2]
+    blocks = -(-length // _BLOCK)
+    padded = jnp.pad(q_BLNH, ((0, 0), (0, blocks * _BLOCK - length), (0, 0), (0, 0)))
+    key_S = jnp.arange(length)
+
+    @jax.checkpoint
+    def block(index: Array) -> Array:
+        q = jax.lax.dynamic_slice_in_dim(padded, index * _BLOCK, _BLOCK, axis=1)
+        query_L1 = (index * _BLOCK + jnp.arange(_BLOCK))[:, None]
+        allowed_BLS = key_S < lengths_B[:, None, None]
+        if causal:
+            allowed_BLS = allowed_BLS & (key_S <= query_L1)
+        with jax.default_matmul_precision(matmul_precision(q.dtype)):
+            return jax.nn.dot_product_attention(
+                q, k_BLKH, v_BLKH, mask=allowed_BLS[:, None], implementation="xla"
+            )
+
+    out = jnp.moveaxis(jax.lax.map(block, jnp.arange(blocks)), 0, 1)
+    return out.reshape(rows, blocks * _BLOCK, *out.shape[3:])[:, :length]
 
 
 def attend_cache(
