@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int16
 
-SAMPLE_RATE = 16_000
+from hebasr_jax.audio import SAMPLE_RATE
+
 HOP = 160  # samples between frames
 WINDOW = 400  # samples under one frame
 Count = TypeVar("Count", int, Array)

@@ -104,6 +104,9 @@ def config_json(
         "pad_token_id": special.endoftext,
         "eos_token_id": special.im_end,
         "support_languages": list(LANGUAGES),
+        # qwen-asr asks transformers 4.57.6 for Mistral's way to split words, which a local folder
+        # gets unless this is at most 4.57.2 (qwen3-asr.md, trap 31).
+        "transformers_version": "4.57.2",
         "thinker_config": {
             **shared,
             "model_type": "qwen3_asr_thinker",

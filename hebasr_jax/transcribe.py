@@ -136,12 +136,14 @@ def transcribe(
     for batch in _batches([len(wave) for wave in waves], batch_audio_s):
         chosen = [waves[i] for i in batch]
         budgets = [max_new_tokens or _budget(len(wave)) for wave in chosen]
-        generated = jax.device_get(_decode(recognizer, chosen, prompt, budgets))
+        generated = _decode(recognizer, chosen, prompt, budgets)
+        tokens_BG, lengths_B = np.asarray(generated.tokens_BG), np.asarray(generated.lengths_B)
+        finished_B = np.asarray(generated.finished_B)
         for row, i in enumerate(batch):
-            ids = tuple(generated.tokens_BG[row, : generated.lengths_B[row]].tolist())
+            ids = tuple(tokens_BG[row, : lengths_B[row]].tolist())
             seconds = len(waves[i]) / SAMPLE_RATE
             transcript = parse_output(recognizer.tokenizer, style, ids, duration_s=seconds)
-            found[i] = Recognition(transcript, ids, seconds, bool(generated.finished_B[row]))
+            found[i] = Recognition(transcript, ids, seconds, bool(finished_B[row]))
     nothing = Transcript(style.language, "")
     return [
         found.get(i, Recognition(nothing, (), len(wave) / SAMPLE_RATE, finished=True))

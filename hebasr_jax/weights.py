@@ -336,8 +336,9 @@ def _equal(a: tuple[Any, str], b: tuple[Any, str], rows: int = 8192) -> bool:
     first, second = a[0].get_slice(a[1]), b[0].get_slice(b[1])
     if first.get_shape() != second.get_shape() or first.get_dtype() != second.get_dtype():
         return False
-    blocks = range(0, first.get_shape()[0], rows)
-    return all(first[i : i + rows].tobytes() == second[i : i + rows].tobytes() for i in blocks)
+    total = first.get_shape()[0]
+    blocks = (slice(i, min(i + rows, total)) for i in range(0, total, rows))
+    return all(first[block].tobytes() == second[block].tobytes() for block in blocks)
 
 
 def _read_leaf(

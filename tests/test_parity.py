@@ -70,8 +70,7 @@ def _forward(params, inputs, config, compute):
 
 
 def _check_row(ours, torch_model, inputs, row, audio_BAD, logits_BLV) -> None:
-    params, config = ours
-    batch = torch_inputs(inputs, row, config.audio_token_id)
+    batch = torch_inputs(inputs, row, ours[1].audio_token_id)
     with torch.no_grad():
         audio = torch_model.get_audio_features(
             batch["input_features"], batch["input_features_mask"]

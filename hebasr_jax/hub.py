@@ -1,0 +1,120 @@
+"""The Hugging Face hub: find a model folder on disk, or fetch it pinned to one commit."""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hebasr_jax.errors import UserError
+
+_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # a pickle is never asked for
+_WAITS_S = (0.5, 1.0)  # between attempts; huggingface_hub resumes and retries each file itself
+_TIMEOUT_S = 10.0
+_ACCESS = (
+    "For a gated model accept the terms on its hub page; then `hf auth login`, or set HF_TOKEN."
+)
+_NETWORK = "Check the network; or give a commit that was fetched before, or a local folder."
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk, what the user called it, and its hub commit (None: a local folder)."""
+
+    path: Path
+    source: str
+    revision: str | None
+
+
+def find_model(source: str, *, revision: str | None = None) -> ModelFolder:
+    """Take an existing folder as it is; fetch a hub id `org/name` at a branch, tag or commit.
+
+    The revision (default: the main branch) is resolved to a commit first and that commit is
+    fetched, so all files are of one version. The token comes from HF_TOKEN or the hub login.
+    Raises UserError for what is not there, not allowed, or not reached after a few attempts.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            do = "Leave the revision out, or give a hub id."
+            raise UserError(f"{source}: a folder has no revision {revision}", "", do)
+        return ModelFolder(path, source, None)
+    if path.exists():
+        raise UserError(f"{source}: is a file, not a model folder", "", "Give the folder it is in.")
+    if not _is_hub_id(source):
+        why = "There is no such folder, and a hub id has the form org/name."
+        raise UserError(f"{source}: no such model", why, "Check the path.")
+    return _fetch(source, revision)
+
+
+def _is_hub_id(source: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return source.count("/") == 1
+
+
+def _fetch(source: str, revision: str | None) -> ModelFolder:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever is in use
+
+    for wait_s in (*_WAITS_S, None):
+        try:
+            commit = revision
+            if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
+                commit = HfApi().model_info(source, revision=revision, timeout=_TIMEOUT_S).sha
+            path = Path(snapshot_download(source, revision=commit, allow_patterns=_FILES))
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's downloads
+            fault = _final_fault(source, revision, error)
+            if fault or wait_s is None:
+                raise fault or _unreachable(source, error) from error
+            time.sleep(wait_s)
+        else:
+            if not path.is_dir():
+                raise UserError(f"{source}: has no file of a model", f"Looked for {_FILES}.")
+            return ModelFolder(path, source, commit)
+    raise AssertionError("unreachable")
+
+
+def _final_fault(source: str, revision: str | None, error: BaseException) -> UserError | None:
+    """What a second attempt cannot mend, or None. No text of the server or of requests is told."""
+    from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
+
+    status = _status(error)
+    if isinstance(error, RevisionNotFoundError):
+        do = "Check the branch, tag or commit on its hub page."
+        return UserError(f"{source}: has no revision {revision}", "", do)
+    if status in (401, 403):
+        why = "It is gated or private, or it does not exist: the hub does not tell which."
+        return UserError(f"{source}: the hub gives no access (HTTP {status})", why, _ACCESS)
+    if status == 404:
+        why = "There is no such folder here and no such model on the hub."
+        return UserError(f"{source}: not found", why, "Check the name.")
+    if status == 429:
+        why = "The hub limits requests (HTTP 429)."
+        return UserError(f"{source}: cannot be fetched now", why, "Wait some minutes, or log in.")
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+        return UserError(f"{source}: cannot be fetched", "HF_HUB_OFFLINE is set.", _NETWORK)
+    if isinstance(error, OSError) and error.errno:
+        do = "Free some space, or set HF_HOME to another disk."
+        return UserError(f"{source}: cannot be stored", error.strerror or "", do)
+    return None
+
+
+def _unreachable(source: str, error: BaseException) -> UserError:
+    status = _status(error)
+    why = f"HTTP {status}" if status else type(_causes(error)[-1]).__name__
+    return UserError(f"{source}: the hub cannot be reached", f"After 3 attempts: {why}.", _NETWORK)
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error, which huggingface_hub may wrap in another one."""
+    responses = (getattr(cause, "response", None) for cause in _causes(error))
+    return next((response.status_code for response in responses if response is not None), None)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    return [error, *_causes(error.__cause__)] if error is not None else []
