@@ -1,6 +1,7 @@
 """A tiny random model of the real classes with a tokenizer of bytes, for `make demo` and tests."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,13 +18,12 @@ from hebasr_jax.transcribe import load_recognizer, transcribe
 from hebasr_jax.weights import save_params
 
 # The control tokens of the real tokenizer, in its order; True: dropped from decoded text.
-_CONTROL = (
+CONTROL = (
     ("<|endoftext|>", True),
     ("<|im_start|>", True),
     ("<|im_end|>", True),
     ("<|audio_start|>", True),
     ("<|audio_end|>", True),
-    ("<non_speech>", False),
     ("<|audio_pad|>", True),
     ("<asr_text>", False),
 )
@@ -41,7 +41,7 @@ TINY = ModelConfig(
         window_chunks=8,
     ),
     decoder=DecoderConfig(
-        vocab_size=_BYTES + len(_CONTROL) + _SPARE,
+        vocab_size=_BYTES + len(CONTROL) + _SPARE,
         width=48,
         layers=3,
         heads=4,
@@ -52,7 +52,7 @@ TINY = ModelConfig(
         rope_theta=1e6,
         norm_eps=1e-6,
     ),
-    audio_token_id=_BYTES + [name for name, _ in _CONTROL].index("<|audio_pad|>"),
+    audio_token_id=_BYTES + [name for name, _ in CONTROL].index("<|audio_pad|>"),
 )
 
 
@@ -65,17 +65,18 @@ def write_tiny_model(destination: Path, *, seed: int = 0, config: ModelConfig = 
         save_params(params, config, "transformers", folder)
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer of the 256 bytes and the control tokens: any text, no merges."""
+def write_byte_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> None:
+    """tokenizer.json of the 256 bytes, the given merges and the control tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
-        [AddedToken(name, special=special, normalized=False) for name, special in _CONTROL]
+        [AddedToken(name, special=special, normalized=False) for name, special in CONTROL]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     audio = {
@@ -91,7 +92,7 @@ def write_byte_tokenizer(folder: Path) -> None:
         "model_max_length": 131072,
         "clean_up_tokenization_spaces": False,
         "errors": "replace",
-        "extra_special_tokens": [name for name, special in _CONTROL if special],
+        "extra_special_tokens": [name for name, special in CONTROL if special],
         "model_specific_special_tokens": audio,
         **audio,
     }

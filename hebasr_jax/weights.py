@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
@@ -157,7 +156,7 @@ def load_params(
     layout: Layout,
     *,
     dtype: Any = None,
-    place: Callable[[np.ndarray], Any] = jnp.asarray,
+    place: Callable[[np.ndarray], Any] = jax.device_put,
 ) -> Params:
     """Reads a folder's safetensors into a parameter tree.
 
@@ -179,7 +178,7 @@ def load_params(
         for entry in wanted:
             leaves.setdefault(entry.path, []).append(entry)
         flat = {
-            path: place(_read_leaf(tensors, stored, config, dtype))
+            path: jax.block_until_ready(place(_read_leaf(tensors, stored, config, dtype)))
             for path, stored in leaves.items()
         }
     return _nested(flat)

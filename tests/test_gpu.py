@@ -1,7 +1,6 @@
 """The released 1.7B sizes with random weights on a real GPU. `pytest tests/test_gpu.py -s` prints
 the numbers of docs/model.md."""
 
-import resource
 import time
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from memory import peak_anonymous
 from reference import noise, relative
 from sizes import LARGE
 
@@ -43,14 +43,9 @@ def random_params(config, dtype=jnp.bfloat16):
     return jax.tree.unflatten(tree, leaves)
 
 
-def anonymous_peak_gb() -> float:
-    """Peak of this process's resident memory; mapped weight files are part of it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def test_features_equal_float64_on_the_gpu() -> None:
     """An fp32 product on Hopper is TF32 by default, and a TF32 log-mel is 0.05 off."""
-    from test_features import BORDERS, HARD, check_against_oracle, in_float64, ours, oracle
+    from test_features import BORDERS, HARD, check_against_oracle, in_float64, oracle, ours
 
     worst = [0.0, 0.0]
     waves = [noise(n, n) for n in [*BORDERS, 480000, 479999]] + list(HARD.values())
@@ -70,16 +65,18 @@ def large(tmp_path_factory) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("large")
     drawn = random_params(LARGE)
     start = time.perf_counter()
-    save_params(drawn, LARGE, "transformers", folder, shard_bytes=5 * 10**9)
+    with peak_anonymous() as writing:
+        save_params(drawn, LARGE, "transformers", folder)
     written = time.perf_counter()
-    again = load_params(folder, LARGE, "transformers")
-    jax.block_until_ready(again)
+    with peak_anonymous() as reading:
+        again = jax.block_until_ready(load_params(folder, LARGE, "transformers"))
     read = time.perf_counter()
     same = jax.jit(lambda a, b: jnp.stack([jnp.all(x == y) for x, y in zip(a, b, strict=True)]))
     assert np.all(same(jax.tree.leaves(drawn), jax.tree.leaves(again)))
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
     print(f"\n1.7B, {size:.2f} GB: written in {written - start:.1f} s, ", end="")
-    print(f"read to the device in {read - written:.1f} s, host peak {anonymous_peak_gb():.2f} GB")
+    print(f"host memory +{writing[0] / 1e9:.2f} GB; ", end="")
+    print(f"read to the device in {read - written:.1f} s, +{reading[0] / 1e9:.2f} GB")
     return again, folder
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from memory import peak_anonymous
 from reference import load_ours, load_torch, tiny_folder
 from safetensors.numpy import load_file, save_file
 from sizes import LARGE, SMALL
@@ -221,3 +222,19 @@ def test_shards_are_found_by_their_index_only(tmp_path) -> None:
 def test_pickles_are_refused(folder) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     _refused(folder, "pytorch_model.bin is a pickle")
+
+
+def test_reading_and_writing_hold_little_more_than_the_tree(tmp_path) -> None:
+    """Reading: the tree, one stacked leaf, 0.5 GB. Writing: one tensor. At 0.4 GB of weights."""
+    size = dataclasses.replace(TINY.decoder, vocab_size=65536, width=512, layers=24, mlp_width=2048)
+    config = dataclasses.replace(TINY, decoder=size)
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), abstract_params(config))
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    assert sum(sizes) > 4e8
+    with peak_anonymous() as writing:
+        save_params(params, config, "original", tmp_path)
+    assert writing[0] < 0.25e9
+    with peak_anonymous() as reading:
+        again = load_params(tmp_path, config, "original")
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert reading[0] < sum(sizes) + max(sizes) + 0.1e9
