@@ -1,6 +1,7 @@
 """A whole model folder written at once: weights, config and tokenizer files, in either layout."""
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from hebasr_jax.config import Layout, ModelConfig, layout_of, read_config
 from hebasr_jax.errors import UserError
 from hebasr_jax.layout import (
+    WORD_RULE_VERSION,
     write_json,
     write_original_tokenizer,
     write_settings,
@@ -87,15 +89,18 @@ def new_folder(destination: Path) -> Iterator[Path]:
 
 
 def _copy_files(source: Path, source_json: dict[str, Any], folder: Path, dtype: str) -> None:
+    """Copies config and tokenizer files; config.json changes where it would be untrue."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _COPIED and "safetensors" not in path.name:
             shutil.copyfile(path, folder / path.name)
-    thinker = source_json.get("thinker_config", {})
-    if {source_json.get("dtype"), thinker.get("dtype", dtype)} - {None, dtype}:
-        source_json["dtype"] = dtype
-        if "dtype" in thinker:
-            thinker["dtype"] = dtype
-        write_json(folder / "config.json", source_json)
+    changed = copy.deepcopy(source_json)
+    for section in (changed, changed.get("thinker_config", {})):
+        if "dtype" in section:
+            section["dtype"] = dtype
+    if layout_of(changed) == "original":
+        changed["transformers_version"] = WORD_RULE_VERSION
+    if changed != source_json:
+        write_json(folder / "config.json", changed)
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,10 @@ from typing import Any
 from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, DecoderConfig, Layout, ModelConfig
 from hebasr_jax.text import TextTokenizer
 
+# qwen-asr asks transformers 4.57 for Mistral's way to split words ("iPhone" gets other ids), and a
+# local folder gets it if its config.json names a later version than this one.
+WORD_RULE_VERSION = "4.57.2"
+
 _MAX_NEW_TOKENS = 512  # the default of both reference packages
 
 # What the released models were trained on; qwen-asr lists them, Hebrew is not among them.
@@ -104,9 +108,7 @@ def config_json(
         "pad_token_id": special.endoftext,
         "eos_token_id": special.im_end,
         "support_languages": list(LANGUAGES),
-        # qwen-asr asks transformers 4.57.6 for Mistral's way to split words, which a local folder
-        # gets unless this is at most 4.57.2 (qwen3-asr.md, trap 31).
-        "transformers_version": "4.57.2",
+        "transformers_version": WORD_RULE_VERSION,
         "thinker_config": {
             **shared,
             "model_type": "qwen3_asr_thinker",
