@@ -1,4 +1,7 @@
-"""Rungs 2 to 4 of the proof ladder: the model equals transformers' in float32, gradients too."""
+"""Rungs 2 to 4 of the proof ladder: the model equals transformers' in float32, gradients too.
+
+With -s it prints the parity table of docs/model.md.
+"""
 
 import functools
 
@@ -8,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from reference import (
+    ENCODER_BOUND,
+    LOGITS_BOUND,
     load_ours,
     load_torch,
     make_inputs,
@@ -58,7 +63,7 @@ def test_stem_and_positions(ours, torch_model, samples) -> None:
         torch_model.get_audio_features(batch["input_features"], batch["input_features_mask"])
     hook.remove()
     theirs = found[0].numpy()
-    assert relative(stem[0, : len(theirs)], theirs) <= 1e-5
+    assert relative(stem[0, : len(theirs)], theirs) <= ENCODER_BOUND
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -77,8 +82,11 @@ def _check_row(ours, torch_model, inputs, row, audio_BAD, logits_BLV) -> None:
         ).pooler_output.numpy()
         logits = torch_model(**batch).logits[0].numpy()
     assert len(audio) == audio_tokens(int(inputs.frames_B[row]))
-    assert relative(audio_BAD[row, : len(audio)], audio) <= 1e-5
-    assert relative(logits_BLV[row, : len(logits)], logits) <= 1e-4
+    encoder = relative(audio_BAD[row, : len(audio)], audio)
+    head = relative(logits_BLV[row, : len(logits)], logits)
+    print(f"\n{int(inputs.frames_B[row])} frames: encoder {encoder:.1e}, logits {head:.1e}")
+    assert encoder <= ENCODER_BOUND
+    assert head <= LOGITS_BOUND
 
 
 @pytest.mark.parametrize("samples", SAMPLES + LONG)
@@ -135,7 +143,7 @@ def test_loss_and_gradient_of_every_parameter(ours, torch_model, remat) -> None:
     theirs = {n: p.grad.numpy() for n, p in torch_model.named_parameters() if p.grad is not None}
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in theirs.values()))
     flat = dict(_paths(gradient))
-    checked = set()
+    checked, worst = set(), 0.0
     for entry in entries(config, "transformers"):
         g = theirs[entry.key]
         error = np.linalg.norm(entry.to_theirs(flat[entry.path], config) - g)
@@ -144,7 +152,10 @@ def test_loss_and_gradient_of_every_parameter(ours, torch_model, remat) -> None:
             entry.path == "encoder/layers/key/bias" and error <= 1e-6 * norm
         ), entry.key
         checked.add(entry.key)
+        if entry.path != "encoder/layers/key/bias":
+            worst = max(worst, error / np.linalg.norm(g))
     assert checked == set(theirs)
+    print(f"\nloss {float(value):.6f}, reference {mean.item():.6f}; gradients within {worst:.1e}")
 
 
 def _paths(tree):
