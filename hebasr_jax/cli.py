@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from hebasr_jax.transcribe import Recognition
 
 _WINDOW_S = 3600.0  # audio read ahead, so that clips of like length share a batch
-_INTERRUPTED = 130
+_INTERRUPTED, _READER_GONE = 130, 141  # as shells count signals: 128 + SIGINT, + SIGPIPE
 _ABOUT = "Hebrew speech recognition with Qwen3-ASR in JAX"
 
 
@@ -32,9 +34,9 @@ class Transcribe:
     not stop the others: it is named at the end, and the exit code is 1.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """model folder in either layout, or hub id such as Qwen/Qwen3-ASR-1.7B"""
-    inputs: tyro.conf.Positional[tuple[str, ...]]
+    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")]
     """files, folders or globs: wav flac mp3 ogg opus, and m4a mp4 webm with the extra 'av'"""
     format: tuple[Literal["txt", "json"], ...] = ("txt",)
     """what to write for each file"""
@@ -61,11 +63,17 @@ class Transcribe:
         from hebasr_jax.audio import expand_inputs
         from hebasr_jax.text import PromptStyle
         from hebasr_jax.transcribe import load_recognizer, transcribe
-        from hebasr_jax.writers import output_stems
+        from hebasr_jax.writers import check_folder, output_stems
 
         _require(bool(self.inputs), "no audio files given", "name files, folders or globs")
-        _require((self.max_new_tokens or 1) > 0, "--max-new-tokens must be at least 1")
+        _require(bool(self.format), "--format names nothing to write", "name txt, json or both")
+        _require(
+            self.max_new_tokens is None or self.max_new_tokens > 0,
+            "--max-new-tokens must be at least 1",
+        )
         _require(self.batch_audio_s > 0, "--batch-audio-s must be positive")
+        if self.out_dir:
+            check_folder(self.out_dir)
         paths = expand_inputs(self.inputs)
         named = None if self.language == "auto" else self.language
         style = PromptStyle(named, language_in_prompt=named is not None, stamps=self.timestamps)
@@ -108,8 +116,9 @@ class Transcribe:
             if self.out_dir:
                 write_whole(Path(f"{stems[path]}.{kind}"), text)
             else:
-                named = several and kind == "txt"
-                print(f"{path}\t{text}" if named else text, end="", flush=True)
+                if several and kind == "txt":  # one line for each file
+                    text = f"{path}\t{' '.join(text.split())}\n"
+                print(text, end="", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +129,9 @@ class Convert:
     not touched unless --dtype says so; nothing is written unless all of it is.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """model folder in either layout, or hub id"""
-    destination: tyro.conf.Positional[Path]
+    destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DESTINATION")]
     """new folder"""
     layout: Layout
     """layout to write"""
@@ -139,17 +148,17 @@ class Convert:
         import jax.numpy as jnp
         import numpy as np
 
-        from hebasr_jax.config import layout_of, model_config, read_config
         from hebasr_jax.export import write_model
-        from hebasr_jax.hub import find_model
+        from hebasr_jax.transcribe import open_model
         from hebasr_jax.weights import load_params
 
-        _require(self.shard_gb is None or self.shard_gb > 0, "--shard-gb must be positive")
-        folder = find_model(self.source, revision=self.revision)
-        content = read_config(folder.path)
-        config = model_config(content)
-        _say(f"reading {self.source} ({layout_of(content)} layout)")
-        params = load_params(folder.path, config, layout_of(content), place=np.asarray)
+        _require(
+            self.shard_gb is None or 1e-9 <= self.shard_gb < 1e9,
+            "--shard-gb must be positive and finite",
+        )
+        folder, config, layout, _ = open_model(self.source, revision=self.revision)
+        _say(f"reading {self.source} ({layout} layout)")
+        params = load_params(folder.path, config, layout, place=np.asarray)
         write_model(
             params,
             config,
@@ -191,17 +200,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    _speak_utf8()
     if words == ["--version"]:
         print(__version__)
         return 0
-    command: Any = tyro.extras.subcommand_cli_from_dict(
-        _COMMANDS, prog="hebasr", description=f"{_ABOUT} (version {__version__})", args=words
-    )
     try:
+        command: Any = tyro.extras.subcommand_cli_from_dict(
+            _COMMANDS, prog="hebasr", description=f"{_ABOUT} (version {__version__})", args=words
+        )
         return command.run()
     except KeyboardInterrupt:
         _say("interrupted")
         return _INTERRUPTED
+    except BrokenPipeError:  # `| head`: what is left in the buffer must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -220,6 +233,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _require(condition: bool, what: str, do: str = "") -> None:
     if not condition:
         raise UserError(what, do=do)
+
+
+def _speak_utf8() -> None:
+    """UTF-8 whatever the locale; file names that are not UTF-8 go out as they came in."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def _say(line: str) -> None:

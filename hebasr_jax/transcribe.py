@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hebasr_jax.audio import SAMPLE_RATE
-from hebasr_jax.config import ModelConfig, layout_of, model_config, read_config
+from hebasr_jax.config import Layout, ModelConfig, layout_of, model_config, read_config
 from hebasr_jax.errors import UserError
 from hebasr_jax.features import HOP
 from hebasr_jax.generate import Clips, Generated, generate_from_wave
@@ -91,6 +91,15 @@ def load_recognizer(
         compute = Compute(jnp.dtype(dtype), pick_kernel(kernel, jnp.dtype(dtype), platform))
     except ValueError as error:
         raise UserError(str(error)) from None
+    folder, config, layout, tokenizer = open_model(source, revision=revision)
+    params = load_params(folder.path, config, layout, dtype=compute.dtype)
+    return Recognizer(params, config, tokenizer, compute, folder)
+
+
+def open_model(
+    source: str, *, revision: str | None = None
+) -> tuple[ModelFolder, ModelConfig, Layout, TextTokenizer]:
+    """All of a model but its weights; UserError where its files are damaged or do not agree."""
     folder = find_model(source, revision=revision)
     content = read_config(folder.path)
     config = model_config(content)
@@ -102,8 +111,7 @@ def load_recognizer(
             f"{tokenizer.special.audio_pad}",
             "use config.json and tokenizer files of one and the same model",
         )
-    params = load_params(folder.path, config, layout_of(content), dtype=compute.dtype)
-    return Recognizer(params, config, tokenizer, compute, folder)
+    return folder, config, layout_of(content), tokenizer
 
 
 def transcribe(
@@ -122,21 +130,20 @@ def transcribe(
         there is no mel frame: an empty transcript, without running the model.
       style: what the prompt gives (`text.PromptStyle`): language, time stamps.
       context: text for the system turn.
-      max_new_tokens: budget of every clip; None is 8 a second plus 16, plus the tag.
+      max_new_tokens: budget of every clip; None is 8 a second plus 16.
       batch_audio_s: seconds of padded audio decoded together; memory, not results, depends on it.
 
     Raises:
-      UserError: a clip longer than the model takes in one piece.
+      UserError: a clip longer than the model takes in one piece; a budget that it cannot have.
     """
     style = style or PromptStyle()
+    _refuse_budget(max_new_tokens, recognizer.config.decoder.max_positions)
     for wave in waves:
         _refuse_long(len(wave) / SAMPLE_RATE)
     prompt = build_prompt(recognizer.tokenizer, style, context=context)
     found: dict[int, Recognition] = {}
     for batch in _batches([len(wave) for wave in waves], batch_audio_s):
-        chosen = [waves[i] for i in batch]
-        budgets = [max_new_tokens or _budget(len(wave)) for wave in chosen]
-        generated = _decode(recognizer, chosen, prompt, budgets)
+        generated = _decode(recognizer, [waves[i] for i in batch], prompt, max_new_tokens)
         tokens_BG, lengths_B = np.asarray(generated.tokens_BG), np.asarray(generated.lengths_B)
         finished_B = np.asarray(generated.finished_B)
         for row, i in enumerate(batch):
@@ -152,19 +159,23 @@ def transcribe(
 
 
 def _decode(
-    recognizer: Recognizer, waves: Sequence[np.ndarray], prompt: Prompt, budgets: list[int]
+    recognizer: Recognizer,
+    waves: Sequence[np.ndarray],
+    prompt: Prompt,
+    max_new_tokens: int | None,
 ) -> Generated:
     """One padded batch through the program of its shape; rows and columns come in few sizes."""
     rows = _next_power(len(waves))
     samples = _bucket_s(max(map(len, waves)) / SAMPLE_RATE) * SAMPLE_RATE
     text = prompt.before + prompt.after
     columns = 32 * math.ceil(len(text) / 32)
-    wave_BS = np.zeros((rows, samples), waves[0].dtype)
+    wave_BS = np.zeros((rows, samples), np.float32)
     samples_B = np.zeros(rows, np.int32)
     budget_B = np.zeros(rows, np.int32)
-    for row, (wave, budget) in enumerate(zip(waves, budgets, strict=True)):
-        wave_BS[row, : len(wave)] = wave
-        samples_B[row], budget_B[row] = len(wave), budget
+    for row, wave in enumerate(waves):
+        scale = np.float32(32768 if wave.dtype == np.int16 else 1)
+        wave_BS[row, : len(wave)] = wave / scale
+        samples_B[row], budget_B[row] = len(wave), max_new_tokens or _budget(len(wave))
     text_BX = np.zeros((rows, columns), np.int32)
     text_BX[:, : len(text)] = text
     clips = Clips(
@@ -181,7 +192,7 @@ def _decode(
         config=recognizer.config,
         compute=recognizer.compute,
         end_ids=recognizer.tokenizer.special.eos,
-        max_new_tokens=32 * math.ceil(max(budgets) / 32),
+        max_new_tokens=32 * math.ceil((max_new_tokens or _budget(samples)) / 32),
     )
 
 
@@ -193,7 +204,7 @@ def _batches(lengths: list[int], batch_audio_s: float) -> list[list[int]]:
         if lengths[i] < HOP:
             continue
         seconds = _bucket_s(lengths[i] / SAMPLE_RATE)
-        full = bool(batches) and (len(batches[-1]) + 1) * bucket > batch_audio_s
+        full = bool(batches) and _next_power(len(batches[-1]) + 1) * bucket > batch_audio_s
         if not batches or full or seconds != bucket:
             batches.append([])
             bucket = seconds
@@ -214,6 +225,15 @@ def _budget(samples: int) -> int:
 
 def _next_power(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _refuse_budget(max_new_tokens: int | None, most: int) -> None:
+    if max_new_tokens is not None and not 0 < max_new_tokens <= most:
+        raise UserError(
+            f"a budget of {max_new_tokens} tokens cannot be had",
+            f"the model has {most} positions",
+            "leave it out, or give a smaller number from 1 up",
+        )
 
 
 def _refuse_long(seconds: float) -> None:

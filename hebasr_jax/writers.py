@@ -1,5 +1,6 @@
 """What `transcribe` writes for each file, and where."""
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -18,7 +19,7 @@ def render(kind: Format, path: Path, result: Recognition) -> str:
     if kind == "txt":
         return result.transcript.text + "\n"
     content = {
-        "file": str(path),
+        "file": os.fsencode(path).decode("utf-8", "replace"),
         "duration_s": round(result.duration_s, 3),
         "language": result.transcript.language,
         "text": result.transcript.text,
@@ -43,25 +44,37 @@ def output_stems(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
     Folders below the inputs' common one are kept. Inputs that differ in suffix alone keep it, so
     that a.wav and a.mp3 do not overwrite each other.
     """
-    common = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    below = {path: path.absolute().relative_to(common) for path in paths}
-    count = Counter(relative.with_suffix("") for relative in below.values())
+    full = {path: Path(os.path.abspath(path)) for path in paths}
+    common = os.path.commonpath([path.parent for path in full.values()])
+    below = {path: place.relative_to(common) for path, place in full.items()}
+    taken = Counter(relative.with_suffix("") for relative in below.values())
+    taken.update(below.values())  # a.wav.flac must not write where a.wav does
     return {
-        path: folder
-        / (relative if count[relative.with_suffix("")] > 1 else relative.with_suffix(""))
+        path: folder / (relative if taken[stem := relative.with_suffix("")] > 1 else stem)
         for path, relative in below.items()
     }
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot be written to, before hours of work are done for it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is no folder"
+        raise UserError(f"{folder} cannot be written", f"{there} {why}", "name another --out-dir")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file so that a reader sees all of it or nothing."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        why = error.strerror or str(error)
         raise UserError(
-            f"{path} cannot be written", str(error), "free space or name another --out-dir"
+            f"{path} cannot be written", why, "free space or name another --out-dir"
         ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
