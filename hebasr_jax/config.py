@@ -91,61 +91,95 @@ def model_config(config: dict[str, Any]) -> ModelConfig:
     thinker = config.get("thinker_config", config)
     try:
         audio, text = thinker["audio_config"], thinker["text_config"]
-        _refuse_variants(audio, text, config)
+        _refuse_variants(config, thinker, audio, text)
         return ModelConfig(
             encoder=EncoderConfig(
-                mel_bins=audio["num_mel_bins"],
-                conv_channels=audio["downsample_hidden_size"],
-                width=audio["d_model"],
-                layers=audio["encoder_layers"],
-                heads=audio["encoder_attention_heads"],
-                mlp_width=audio["encoder_ffn_dim"],
-                window_chunks=audio["n_window_infer"] // CHUNK_FRAMES,
+                mel_bins=_size(audio, "num_mel_bins"),
+                conv_channels=_size(audio, "downsample_hidden_size"),
+                width=_size(audio, "d_model", "hidden_size"),
+                layers=_size(audio, "encoder_layers", "num_hidden_layers"),
+                heads=_size(audio, "encoder_attention_heads", "num_attention_heads"),
+                mlp_width=_size(audio, "encoder_ffn_dim", "intermediate_size"),
+                window_chunks=_size(audio, "n_window_infer") // CHUNK_FRAMES,
             ),
             decoder=DecoderConfig(
-                vocab_size=text["vocab_size"],
-                width=text["hidden_size"],
-                layers=text["num_hidden_layers"],
-                heads=text["num_attention_heads"],
-                kv_heads=text["num_key_value_heads"],
-                head_dim=text["head_dim"],
-                mlp_width=text["intermediate_size"],
-                max_positions=text["max_position_embeddings"],
-                rope_theta=float(_rope(text, "rope_theta")),
-                norm_eps=float(text["rms_norm_eps"]),
+                vocab_size=_size(text, "vocab_size"),
+                width=_size(text, "hidden_size"),
+                layers=_size(text, "num_hidden_layers"),
+                heads=_size(text, "num_attention_heads"),
+                kv_heads=_size(text, "num_key_value_heads"),
+                head_dim=_size(text, "head_dim"),
+                mlp_width=_size(text, "intermediate_size"),
+                max_positions=_size(text, "max_position_embeddings"),
+                rope_theta=_positive({**text, **_rope(text)}, "rope_theta"),
+                norm_eps=_positive(text, "rms_norm_eps"),
             ),
-            audio_token_id=thinker["audio_token_id"],
+            audio_token_id=_size(thinker, "audio_token_id"),
         )
     except KeyError as error:
-        raise UserError(
-            f"config.json has no {error.args[0]!r}",
-            "sizes are never guessed",
-            "copy config.json from the model that this one was made from",
-        ) from None
+        why = f"it has no {error.args[0]!r}, and sizes are never guessed"
+    except (TypeError, ValueError, AttributeError) as error:
+        why = f"a field has a wrong type: {error}"
+    raise UserError(
+        "config.json does not describe a Qwen3-ASR model",
+        why,
+        "copy config.json from the model that this one was made from",
+    )
 
 
-def _rope(text: dict[str, Any], field: str) -> Any:
-    """A rotary setting: transformers 5 nests it in `rope_parameters`, 4.x keeps it flat."""
-    nested = text.get("rope_parameters") or {}
-    return nested[field] if field in nested else text[field]
+def _size(section: dict[str, Any], *names: str) -> int:
+    """A whole number under the first of its names: versions of transformers differ in them."""
+    value = section[next((name for name in names if name in section), names[0])]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{names[0]} is {value!r}")
+    return value
 
 
-def _refuse_variants(audio: dict[str, Any], text: dict[str, Any], config: dict[str, Any]) -> None:
+def _positive(section: dict[str, Any], name: str) -> float:
+    value = section[name]
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f"{name} is {value!r}")
+    return float(value)
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings: transformers 5 nests them all, 4.x keeps rope_theta beside."""
+    return text.get("rope_parameters") or text.get("rope_scaling") or {}
+
+
+def _refuse_variants(
+    config: dict[str, Any], thinker: dict[str, Any], audio: dict[str, Any], text: dict[str, Any]
+) -> None:
     """Refuses what the released models do not use and this code therefore does not compute."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = _rope(text)
+    layers = set(text.get("layer_types") or ["full_attention"])
+    heads = _size(audio, "encoder_attention_heads", "num_attention_heads")
+    width = _size(audio, "d_model", "hidden_size")
     needed = {
-        "audio_config.activation_function": (audio.get("activation_function"), "gelu"),
+        "classify_num (a forced aligner)": (thinker.get("classify_num"), None),
+        "quantization_config": (config.get("quantization_config"), None),
+        "tie_word_embeddings": (
+            config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)),
+            True,
+        ),
+        "audio_config.activation_function": (audio.get("activation_function", "gelu"), "gelu"),
         "audio_config.scale_embedding": (audio.get("scale_embedding", False), False),
         "audio_config.n_window": (audio["n_window"], CHUNK_FRAMES // 2),
         "audio_config.n_window_infer modulo 100": (audio["n_window_infer"] % CHUNK_FRAMES, 0),
         "audio_config.output_dim": (audio["output_dim"], text["hidden_size"]),
-        "text_config.hidden_act": (text.get("hidden_act"), "silu"),
+        "audio_config.d_model modulo its heads": (width % heads, 0),
+        "text_config.num_attention_heads modulo num_key_value_heads": (
+            text["num_attention_heads"] % text["num_key_value_heads"],
+            0,
+        ),
+        "text_config.hidden_act": (text.get("hidden_act", "silu"), "silu"),
         "text_config.attention_bias": (text.get("attention_bias", False), False),
         "text_config.use_sliding_window": (text.get("use_sliding_window", False), False),
-        "text_config.rope_type": (rope.get("rope_type", "default"), "default"),
-        "tie_word_embeddings": (
-            config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)),
-            True,
+        "text_config.layer_types": (layers, {"full_attention"}),
+        "text_config.rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "text_config.partial_rotary_factor": (
+            {**text, **rope}.get("partial_rotary_factor", 1.0),
+            1.0,
         ),
     }
     for field, (found, expected) in needed.items():
