@@ -36,7 +36,7 @@ class Transcribe:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """model folder in either layout, or hub id such as Qwen/Qwen3-ASR-1.7B"""
-    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE")]
+    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...")]
     """files, folders or globs: wav flac mp3 ogg opus, and m4a mp4 webm with the extra 'av'"""
     format: tuple[Literal["txt", "json"], ...] = ("txt",)
     """what to write for each file"""

@@ -58,12 +58,6 @@ def from_grid(second: int, slot: int) -> float:
     return round(second + slot * SLOT_S, 2)
 
 
-def stamp_tokens(time_s: float) -> tuple[str, str]:
-    """The names of the two tokens that stamp a time; see `to_grid` for precision and errors."""
-    second, slot = to_grid(time_s)
-    return SECONDS[second], SLOTS[slot]
-
-
 class Words(NamedTuple):
     """A stretch of text without a stamp in it, and its token ids as the model wrote them."""
 

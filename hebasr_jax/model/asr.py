@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, ModelConfig
+from hebasr_jax.config import ModelConfig
 from hebasr_jax.model.decoder import Decoder
 from hebasr_jax.model.encoder import Encoder, audio_tokens
 from hebasr_jax.model.layers import Compute, linear
@@ -102,11 +102,6 @@ def _join(text_BXD: Array, audio_BAD: Array, inputs: Inputs) -> Float[Array, "B 
     )
     both_BLD = jnp.concatenate([text_BXD, audio_BAD], axis=1)
     return jnp.take_along_axis(both_BLD, source_BL[..., None], axis=1)
-
-
-def positions(text: int, frames: int) -> int:
-    """Decoder positions of a batch padded to `text` tokens and `frames` mel frames."""
-    return text + CHUNK_TOKENS * -(-frames // CHUNK_FRAMES)
 
 
 @cache
