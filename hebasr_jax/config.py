@@ -169,7 +169,7 @@ def _refuse_variants(
         "audio_config.output_dim": (audio["output_dim"], text["hidden_size"]),
         "audio_config.d_model modulo its heads": (width % heads, 0),
         "text_config.num_attention_heads modulo num_key_value_heads": (
-            text["num_attention_heads"] % text["num_key_value_heads"],
+            _size(text, "num_attention_heads") % _size(text, "num_key_value_heads"),
             0,
         ),
         "text_config.hidden_act": (text.get("hidden_act", "silu"), "silu"),

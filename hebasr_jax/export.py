@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def write_model(
         if layout_of(source_json) == layout:
             _copy_files(source, source_json, folder, stored)
         else:
-            write_settings(folder, config, load_tokenizer(source), layout, stored)
+            tokenizer = load_tokenizer(source)
+            write_settings(folder, config, tokenizer, layout, stored, source=source)
             write_tokenizer = (
                 write_original_tokenizer if layout == "original" else write_transformers_tokenizer
             )
@@ -67,25 +69,38 @@ def write_model(
         save_params(params, config, layout, folder, dtype=dtype, shard_bytes=shard_bytes)
 
 
+def refuse_taken(destination: Path) -> None:
+    """Refuses a destination that holds anything."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination} exists", "nothing is overwritten", "name a new folder")
+
+
 @contextlib.contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
     """A temporary folder beside `destination` that takes its name once all in it is on disk."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination} exists", "nothing is overwritten", "name a new folder")
-    partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
+    refuse_taken(destination)
     try:
-        partial.mkdir(parents=True)
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{destination.name}.partial-"
+        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+    except OSError as error:
+        raise _unwritable(destination, error) from None
+    try:
         yield partial
+        partial.chmod(0o755)
         for path in (*partial.iterdir(), partial):
             _sync(path)
         partial.rename(destination)
         _sync(destination.parent)
     except OSError as error:
-        raise UserError(
-            f"{destination} cannot be written", str(error), "free space or name another place"
-        ) from None
+        raise _unwritable(destination, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(destination: Path, error: OSError) -> UserError:
+    why, do = str(error), "free space or name another place"
+    return UserError(f"{destination} cannot be written", why, do)
 
 
 def _copy_files(source: Path, source_json: dict[str, Any], folder: Path, dtype: str) -> None:
@@ -95,8 +110,8 @@ def _copy_files(source: Path, source_json: dict[str, Any], folder: Path, dtype: 
             shutil.copyfile(path, folder / path.name)
     changed = copy.deepcopy(source_json)
     for section in (changed, changed.get("thinker_config", {})):
-        if "dtype" in section:
-            section["dtype"] = dtype
+        for name in {"dtype", "torch_dtype"} & section.keys():
+            section[name] = dtype
     if layout_of(changed) == "original":
         changed["transformers_version"] = WORD_RULE_VERSION
     if changed != source_json:

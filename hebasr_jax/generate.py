@@ -90,10 +90,11 @@ def generate(
 
     Args:
       inputs: `text_BX` holds prompts only.
-      budget_B: tokens each row may take, at most `max_new_tokens`; 0 leaves a row empty.
+      budget_B: tokens each row may take, capped at `max_new_tokens`; 0 leaves a row empty.
       end_ids: tokens that end a row.
-      max_new_tokens: G, the length of the output and of the cache's second part.
+      max_new_tokens: G, the length of the output and of the cache's second part; at least 1.
     """
+    budget_B = jnp.minimum(budget_B, max_new_tokens)
     x_BLD, prompt_B = asr.embed(inputs)
     with jax.named_scope("prefill"):
         x_BLD, kept = asr.decoder(x_BLD, prompt_B, keep_kv=True)

@@ -17,6 +17,19 @@ WORD_RULE_VERSION = "4.57.2"
 
 _MAX_NEW_TOKENS = 512  # the default of both reference packages
 
+# Generation settings that mean the same in both layouts.
+_GENERATION = {
+    "do_sample",
+    "length_penalty",
+    "max_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+}
+
 # What the released models were trained on; qwen-asr lists them, Hebrew is not among them.
 # fmt: off
 LANGUAGES = (
@@ -67,11 +80,28 @@ _REPLY_TEMPLATE = """\
 
 
 def write_settings(
-    folder: Path, config: ModelConfig, tokenizer: TextTokenizer, layout: Layout, dtype: str
+    folder: Path,
+    config: ModelConfig,
+    tokenizer: TextTokenizer,
+    layout: Layout,
+    dtype: str,
+    *,
+    source: Path | None = None,
 ) -> None:
-    """Writes every file but weights and tokenizer: sizes, generation, front end, chat template."""
-    write_json(folder / "config.json", config_json(config, tokenizer, layout, dtype))
-    write_json(folder / "generation_config.json", generation_json(tokenizer, layout))
+    """Writes every file but weights and tokenizer: sizes, generation, front end, chat template.
+
+    Of `source`, a model folder in the other layout, the list of languages and the generation
+    settings go along; front end and chat template are those of the released models.
+    """
+    languages, generation = list(LANGUAGES), {}
+    if source is not None:
+        languages = _read_json(source / "config.json").get("support_languages", languages)
+        generation = _read_json(source / "generation_config.json")
+    content = config_json(config, tokenizer, layout, dtype)
+    write_json(folder / "config.json", {**content, "support_languages": languages})
+    generation = {k: v for k, v in generation.items() if k in _GENERATION}
+    content = {**generation_json(tokenizer, layout), **generation}
+    write_json(folder / "generation_config.json", content)
     if layout == "original":
         write_json(folder / "preprocessor_config.json", extractor_json(config, layout))
         template = _PROMPT_TEMPLATE + _REPLY_TEMPLATE
@@ -107,7 +137,6 @@ def config_json(
         "model_type": "qwen3_asr",
         "pad_token_id": special.endoftext,
         "eos_token_id": special.im_end,
-        "support_languages": list(LANGUAGES),
         "transformers_version": WORD_RULE_VERSION,
         "thinker_config": {
             **shared,
@@ -223,7 +252,7 @@ def write_transformers_tokenizer(source: Path, folder: Path) -> None:
 def write_original_tokenizer(source: Path, folder: Path) -> None:
     """A transformers folder's tokenizer as vocab.json and merges.txt, for transformers 4.57."""
     whole = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    settings = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = _read_json(source / "tokenizer_config.json")
     write_json(folder / "vocab.json", whole["model"]["vocab"])
     merges = [m if isinstance(m, str) else " ".join(m) for m in whole["model"]["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
@@ -242,6 +271,11 @@ def write_original_tokenizer(source: Path, folder: Path) -> None:
         "extra_special_tokens": named or (listed if isinstance(listed, dict) else {}),
     }
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a file that a model folder may lack."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ),
 )
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 8192  # rows of the head compared at a time
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _SAFE_NAMES = {name: stored for stored, name in _DTYPES.items()}
 
@@ -135,7 +136,8 @@ def entries(config: ModelConfig, layout: Layout) -> list[Entry]:
     shapes = {path: leaf.shape for path, leaf in _flat(abstract_params(config)).items()}
     rows = [path for path, _, _ in TABLE]
     if sorted(rows) != sorted(shapes):
-        raise AssertionError(f"TABLE and the model differ: {sorted(set(rows) ^ set(shapes))}")
+        odd = set(rows) ^ set(shapes) or {path for path in rows if rows.count(path) > 1}
+        raise AssertionError(f"TABLE and the model differ: {sorted(odd)}")
     found = []
     for path, key, pattern in TABLE:
         stacked = "{n}" in key
@@ -246,9 +248,18 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (_, _, dtype), array in zip(tensors, arrays, strict=True):
-            file.write(np.ascontiguousarray(array, dtype=dtype).reshape(-1).view(np.uint8).data)
+        for (key, _, dtype), array in zip(tensors, arrays, strict=True):
+            file.write(_cast(key, array, dtype).reshape(-1).view(np.uint8).data)
     return end
+
+
+def _cast(key: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A contiguous array of the dtype; float16 that cannot hold a value is refused."""
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(array, dtype=dtype)
+    if dtype == np.float16 and array.dtype != dtype and not np.isfinite(cast).all():
+        raise UserError(f"{key} does not fit into float16", do="store bfloat16 or float32")
+    return cast
 
 
 @contextlib.contextmanager
@@ -315,6 +326,12 @@ def _check(folder: Path, tensors: dict[str, Any], wanted: list[Entry], layout: L
             f"{k} {s.get_dtype()}" for k, s in stored.items() if s.get_dtype() not in _DTYPES
         ],
     }
+    first = {e.path: stored[e.key].get_dtype() for e in reversed(wanted) if e.key in stored}
+    faults["unlike the same tensor of layer 0"] = [
+        f"{e.key} {stored[e.key].get_dtype()}, not {first[e.path]}"
+        for e in wanted
+        if e.key in stored and stored[e.key].get_dtype() != first[e.path]
+    ]
     if any(faults.values()):
         why = "; ".join(f"{len(v)} {k}: {_some(v)}" for k, v in faults.items() if v)
         raise UserError(
@@ -330,13 +347,13 @@ def _check(folder: Path, tensors: dict[str, Any], wanted: list[Entry], layout: L
         )
 
 
-def _equal(a: tuple[Any, str], b: tuple[Any, str], rows: int = 8192) -> bool:
+def _equal(a: tuple[Any, str], b: tuple[Any, str]) -> bool:
     """Bitwise equality of two stored matrices, block by block."""
     first, second = a[0].get_slice(a[1]), b[0].get_slice(b[1])
     if first.get_shape() != second.get_shape() or first.get_dtype() != second.get_dtype():
         return False
     total = first.get_shape()[0]
-    blocks = (slice(i, min(i + rows, total)) for i in range(0, total, rows))
+    blocks = (slice(i, min(i + _ROWS, total)) for i in range(0, total, _ROWS))
     return all(first[block].tobytes() == second[block].tobytes() for block in blocks)
 
 

@@ -59,7 +59,7 @@ def test_no_size_is_guessed(contents, section, name) -> None:
     del content[section][name]
     with pytest.raises(UserError, match="rope_theta" if name == "rope_parameters" else name):
         model_config(content)
-    for wrong in (None, "12", -3, [], {}):
+    for wrong in (None, "12", 0, -3, [], {}):
         content[section][name] = wrong
         with pytest.raises(UserError):
             model_config(content)

@@ -1,5 +1,6 @@
 """Rungs 7 and 11: a written folder is complete, loads strictly, and says the same."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hebasr_jax.config import layout_of, model_config, read_config
 from hebasr_jax.demo import TINY
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import new_folder, write_model
-from hebasr_jax.layout import config_json
+from hebasr_jax.layout import LANGUAGES, config_json, write_json
 from hebasr_jax.text import PromptStyle, build_prompt, load_tokenizer
 from hebasr_jax.transcribe import load_recognizer, transcribe
 
@@ -103,6 +104,42 @@ def test_a_changed_dtype_is_written_into_the_config(tmp_path, layout) -> None:
     }
 
 
+def test_languages_and_generation_settings_cross_the_layouts(original, tmp_path) -> None:
+    """A Hebrew fine-tune lists Hebrew; its list and budget are not reset on the way and back."""
+    source = Path(shutil.copytree(original, tmp_path / "source"))
+    content = read_config(source)
+    content["support_languages"].append("Hebrew")
+    write_json(source / "config.json", content)
+    generation = json.loads((source / "generation_config.json").read_text())
+    write_json(source / "generation_config.json", {**generation, "max_new_tokens": 4096})
+    params, config = load_ours(source)
+    there, back = tmp_path / "there", tmp_path / "back"
+    write_model(params, config, source, there, "transformers")
+    write_model(params, config, there, back, "original")
+    load_torch(there)
+    for folder in (there, back):
+        assert read_config(folder)["support_languages"] == content["support_languages"]
+        settings = json.loads((folder / "generation_config.json").read_text())
+        assert settings["max_new_tokens"] == 4096
+        assert len(settings["eos_token_id"]) == 2
+
+
+def test_a_folder_of_another_process_is_left_alone(tmp_path) -> None:
+    """Two writers of one name do not share a temporary folder, and neither removes the other's."""
+
+    def write_and_fail(first: Path) -> None:
+        with new_folder(tmp_path / "model") as second:
+            assert second != first
+            raise OSError("the second fails")
+
+    with new_folder(tmp_path / "model") as first:
+        (first / "a").write_text("first")
+        with pytest.raises(UserError):
+            write_and_fail(first)
+        assert (first / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_nothing_half_written_is_left_behind(tmp_path) -> None:
     class Stop(Exception):
         pass
@@ -171,6 +208,7 @@ def test_our_config_equals_the_released_one_where_both_speak() -> None:
     released = read_config(real)
     ours = config_json(model_config(released), load_tokenizer(real), "original", "bfloat16")
     ours.pop("transformers_version")
+    assert released["support_languages"] == list(LANGUAGES)
 
     def compare(mine, theirs, path=""):
         for key, value in mine.items():

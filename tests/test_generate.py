@@ -102,16 +102,43 @@ def test_rows_do_not_depend_on_their_batch(ours, batch, greedy) -> None:
     assert _rows(_generate(ours[0], alone, _full(1))) == [greedy[1]]
 
 
+def _own(rows: list[list[int]]) -> dict[int, int]:
+    """Row -> where it first has a token that no other row has."""
+    others = [{t for j, row in enumerate(rows) if j != i for t in row} for i in range(len(rows))]
+    found = {}
+    for i, row in enumerate(rows):
+        own = [n for n, token in enumerate(row) if token not in others[i]]
+        if own:
+            found[i] = own[0]
+    return found
+
+
 def test_an_end_token_ends_its_row_only(ours, batch, greedy) -> None:
-    """Either end token stops a row before itself; the other rows go on."""
-    first, second = greedy[0][5], greedy[3][9]
-    out = _generate(ours[0], batch, _full(4), end_ids=(first, second))
-    for row, free in enumerate(greedy):
-        stops = [i for i, token in enumerate(free) if token in (first, second)]
-        expected = free[: stops[0]] if stops else free
-        assert _rows(out)[row] == expected
-        assert bool(out.finished_B[row]) == bool(stops)
-        assert not np.any(out.tokens_BG[row, len(expected) :])
+    """Each of two end tokens stops its row before itself; the other rows go on."""
+    stops = dict(list(_own(greedy).items())[:2])
+    assert len(stops) == 2
+    out = _generate(
+        ours[0], batch, _full(4), end_ids=tuple(greedy[row][n] for row, n in stops.items())
+    )
+    lengths = [stops.get(row, STEPS) for row in range(4)]
+    assert _rows(out) == [free[:n] for free, n in zip(greedy, lengths, strict=True)]
+    assert out.finished_B.tolist() == [row in stops for row in range(4)]
+    for row, n in enumerate(lengths):
+        assert not np.any(out.tokens_BG[row, n:])
+
+
+def test_an_end_beyond_the_budget_is_no_end(ours, batch, greedy) -> None:
+    """A cut row stays cut, though it would have ended while its neighbours still run."""
+    row, stop = next(iter(_own(greedy).items()))
+    budget = _full(4).at[row].set(stop)
+    out = _generate(ours[0], batch, budget, end_ids=(greedy[row][stop],))
+    assert _rows(out)[row] == greedy[row][:stop]
+    assert not out.finished_B[row]
+
+
+def test_a_budget_beyond_the_output_is_capped(ours, batch, greedy) -> None:
+    out = _generate(ours[0], batch, jnp.full(4, STEPS + 9))
+    assert _rows(out) == greedy
 
 
 def test_budgets_are_kept_row_by_row(ours, batch, greedy) -> None:

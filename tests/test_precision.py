@@ -1,4 +1,7 @@
-"""float32 means float32: on Hopper a product of two float32 arrays is TF32 unless it asks not."""
+"""What the compiled programs multiply: in which precision, and how often.
+
+float32 means float32: on Hopper a product of two float32 arrays is TF32 unless it asks not.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -64,3 +67,20 @@ def test_bfloat16_products_run_in_bfloat16() -> None:
         print(name, kinds)
         assert ("bfloat16", "bfloat16") in kinds
         assert ("float32", "float32") not in kinds
+
+
+def test_remat_recomputes_what_it_says() -> None:
+    """Products in the gradient: none recomputed, those of attention alone, or all."""
+    params, config = load_ours(tiny_folder())
+    inputs = make_inputs([noise(20000)], [list(range(20))], [4])
+    marked = jnp.ones(inputs.text_BX.shape, bool)
+
+    def count(remat) -> int:
+        def loss(params):
+            return next_token_loss(bind(params, config, Compute(remat=remat)), inputs, marked)[0]
+
+        return len(list(products(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)))
+
+    none, dots, full = (count(remat) for remat in ("none", "dots", "full"))
+    assert dots == none + 2 + 2  # scores and weighted values, in each stack
+    assert full >= dots + 5 + 6  # at least the weight products but each layer's last

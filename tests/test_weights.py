@@ -170,6 +170,24 @@ def test_tensors_of_another_dtype_are_refused(folder) -> None:
     _refused(folder, KEY, "I8")
 
 
+def test_layers_of_one_stack_share_a_dtype(folder) -> None:
+    """Stacking them would round the wider ones silently."""
+
+    def change(tensors):
+        key = "model.language_model.layers.0.self_attn.q_proj.weight"
+        tensors[key] = tensors[key].astype(ml_dtypes.bfloat16)
+
+    _edit(folder, change)
+    _refused(folder, "layers.1.self_attn.q_proj.weight F32, not BF16")
+
+
+def test_float16_that_cannot_hold_a_value_is_refused(tmp_path) -> None:
+    params, config = load_ours(tiny_folder())
+    params["encoder"]["norm"]["scale"] = params["encoder"]["norm"]["scale"].at[0].set(1e5)
+    with pytest.raises(UserError, match=r"ln_post\.weight does not fit into float16"):
+        save_params(params, config, "transformers", tmp_path, dtype=np.dtype("float16"))
+
+
 def test_config_of_another_size_is_refused(folder) -> None:
     wider = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, mlp_width=128))
     _refused(folder, "misshapen", "gate_proj", config=wider)
@@ -181,12 +199,14 @@ def test_the_other_layout_is_refused(folder) -> None:
     _refused(folder, "original layout", "missing", "surplus", layout="original")
 
 
-def test_a_tied_head_may_be_stored_and_a_stale_one_may_not(folder) -> None:
+def test_a_tied_head_may_be_stored_and_a_stale_one_may_not(folder, monkeypatch) -> None:
     def tie(tensors):
         tensors["lm_head.weight"] = tensors[EMBEDDING].copy()
 
     def stale(tensors):
         tensors["lm_head.weight"][-1, -1] += 1e-3
+
+    monkeypatch.setattr("hebasr_jax.weights._ROWS", 64)  # several blocks, the last one partial
 
     _edit(folder, tie)
     load_params(folder, TINY, "transformers")
@@ -217,6 +237,26 @@ def test_shards_are_found_by_their_index_only(tmp_path) -> None:
         _refused(tmp_path, bad)
     index.write_text('{"weight_map": ')
     _refused(tmp_path, "index.json cannot be read")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path) -> None:
+    params, config = load_ours(tiny_folder())
+    save_params(params, config, "transformers", tmp_path, shard_bytes=100_000)
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    extra = dict(list(load_file(first).items())[:1])
+    save_file({**load_file(second), **extra}, second)
+    _refused(tmp_path, "twice", next(iter(extra)))
+
+
+def test_shards_keep_their_limit_and_their_sum(tmp_path) -> None:
+    params, config = load_ours(tiny_folder())
+    save_params(params, config, "original", tmp_path, shard_bytes=100_000)
+    shards = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert max(sizes) <= 100_000
+    assert len(sizes) < 2 * sum(sizes) / 100_000 + 1
 
 
 def test_pickles_are_refused(folder) -> None:

@@ -114,7 +114,7 @@ def _definition(config: ModelConfig, compute: Compute) -> tuple[Any, Params]:
 
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes of every parameter (float32)."""
-    return _definition(config, Compute())[1]
+    return jax.tree.map(lambda leaf: leaf, _definition(config, Compute())[1])
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:

@@ -42,9 +42,13 @@ def attend(
     Query head n reads key head n // (N / K). `lengths_B` must be at least 1: cuDNN has been seen
     to fail on empty rows. Output behind a row's length is finite and has no meaning.
     """
-    lengths_B = lengths_B.astype(jnp.int32)
-    if kernel == "xla" and q_BLNH.shape[1] > _LONG:
+    lengths_B, length = lengths_B.astype(jnp.int32), q_BLNH.shape[1]
+    if kernel == "xla" and length > _LONG:
         return _attend_in_blocks(q_BLNH, k_BLKH, v_BLKH, lengths_B, causal)
+    if kernel == "cudnn":  # its gradient refuses rows of odd length
+        q_BLNH, k_BLKH, v_BLKH = (
+            jnp.pad(x, ((0, 0), (0, length % 2), (0, 0), (0, 0))) for x in (q_BLNH, k_BLKH, v_BLKH)
+        )
     with jax.default_matmul_precision(matmul_precision(q_BLNH.dtype)):
         return jax.nn.dot_product_attention(
             q_BLNH,
@@ -54,7 +58,7 @@ def attend(
             key_value_seq_lengths=lengths_B,
             is_causal=causal,
             implementation=kernel,
-        )
+        )[:, :length]
 
 
 def _attend_in_blocks(

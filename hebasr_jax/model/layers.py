@@ -61,7 +61,6 @@ def stack(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
 def scan_layers(body: Any, x: Array, layers: Any, compute: Compute) -> tuple[Array, Any]:
     """Runs `x, y = body(layer, x)` over stacked layers; returns the last x and the stacked ys."""
     policies = {
-        "none": jax.checkpoint_policies.everything_saveable,
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "full": jax.checkpoint_policies.nothing_saveable,
     }
