@@ -31,6 +31,7 @@ lint: .venv/test
 	$(PYTHON) -m venv .venv
 
 .venv/demo$(EXTRA): pyproject.toml | .venv/bin/python
+	$(BIN)/python -c 'import sys; sys.exit("A GPU needs Python 3.12 or later: make clean, then add PYTHON=python3.12" if "$(EXTRA)".startswith("cuda") and sys.version_info < (3, 12) else 0)'
 	$(BIN)/python -m pip install --quiet -e '.$(if $(EXTRA),[$(EXTRA)])'
 	touch $@
 

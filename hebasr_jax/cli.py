@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -45,7 +48,7 @@ class Transcribe:
     timestamps: bool = False
     """ask for time stamps (of a model trained with them)"""
     context: str = ""
-    """text that came before, or words to expect"""
+    """text that came before, or words to expect; of a long one the last 224 tokens"""
     language: str = "Hebrew"
     """English name of the language; auto lets the model say it"""
     max_new_tokens: int | None = None
@@ -61,7 +64,7 @@ class Transcribe:
 
     def run(self) -> int:
         from hebasr_jax.audio import expand_inputs
-        from hebasr_jax.text import PromptStyle
+        from hebasr_jax.text import PromptStyle, build_prompt
         from hebasr_jax.transcribe import load_recognizer, transcribe
         from hebasr_jax.writers import check_folder, output_stems
 
@@ -81,6 +84,7 @@ class Transcribe:
         recognizer = load_recognizer(
             self.model, revision=self.revision, dtype=self.dtype, kernel=self.attention
         )
+        build_prompt(recognizer.tokenizer, style)  # a model without stamps is refused here
         _say(f"{self.model}: {recognizer.description}")
         failed: list[str] = []
         with _progress(len(paths)) as advance:
@@ -148,7 +152,7 @@ class Convert:
         import jax.numpy as jnp
         import numpy as np
 
-        from hebasr_jax.export import write_model
+        from hebasr_jax.export import refuse_taken, write_model
         from hebasr_jax.transcribe import open_model
         from hebasr_jax.weights import load_params
 
@@ -156,6 +160,7 @@ class Convert:
             self.shard_gb is None or 1e-9 <= self.shard_gb < 1e9,
             "--shard-gb must be positive and finite",
         )
+        refuse_taken(self.destination)  # before gigabytes are read
         folder, config, layout, _ = open_model(self.source, revision=self.revision)
         _say(f"reading {self.source} ({layout} layout)")
         params = load_params(folder.path, config, layout, place=np.asarray)
@@ -201,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _speak_utf8()
+    # Else transformers remarks at each start that torch is absent, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     if words == ["--version"]:
         print(__version__)
         return 0
@@ -210,8 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return command.run()
     except KeyboardInterrupt:
-        _say("interrupted")
-        return _INTERRUPTED
+        _end_interrupted()
     except BrokenPipeError:  # `| head`: what is left in the buffer must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
@@ -233,6 +241,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _require(condition: bool, what: str, do: str = "") -> None:
     if not condition:
         raise UserError(what, do=do)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C. Modules in C++ abort on an exception while they are imported: there it is the end."""
+    while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    if frame:
+        _end_interrupted()
+    raise KeyboardInterrupt
+
+
+def _end_interrupted() -> NoReturn:
+    """Ends the process at once: Python's own way out crashes while XLA still compiles."""
+    _say("interrupted")
+    os._exit(_INTERRUPTED)
 
 
 def _speak_utf8() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, DecoderConfig, Layout, ModelConfig
+from hebasr_jax.errors import UserError
 from hebasr_jax.text import TextTokenizer
 
 # qwen-asr asks transformers 4.57 for Mistral's way to split words ("iPhone" gets other ids), and a
@@ -246,7 +247,10 @@ def write_transformers_tokenizer(source: Path, folder: Path) -> None:
 
     tokenizer = Qwen2Tokenizer.from_pretrained(str(source), local_files_only=True)
     tokenizer.chat_template = None  # written beside, with the assistant's turn
-    tokenizer.save_pretrained(str(folder))
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # the Rust side raises plain Exception, for a full disk too
+        raise OSError(str(error)) from error
 
 
 def write_original_tokenizer(source: Path, folder: Path) -> None:
@@ -275,7 +279,13 @@ def write_original_tokenizer(source: Path, folder: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The content of a file that a model folder may lack."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read", str(error), "copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read", "it holds no JSON object", "copy it again")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -10,13 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from hebasr_jax.audio import SAMPLE_RATE
-from hebasr_jax.config import Layout, ModelConfig, layout_of, model_config, read_config
+from hebasr_jax.config import (
+    CHUNK_TOKENS,
+    Layout,
+    ModelConfig,
+    layout_of,
+    model_config,
+    read_config,
+)
 from hebasr_jax.errors import UserError
-from hebasr_jax.features import HOP
+from hebasr_jax.features import HOP, frame_count
 from hebasr_jax.generate import Clips, Generated, generate_from_wave
 from hebasr_jax.hub import ModelFolder, find_model
 from hebasr_jax.model.asr import Params
 from hebasr_jax.model.attention import Kernel, pick_kernel
+from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.text import (
     Prompt,
@@ -111,6 +119,13 @@ def open_model(
             f"{tokenizer.special.audio_pad}",
             "use config.json and tokenizer files of one and the same model",
         )
+    tokens = tokenizer.full.get_vocab_size(with_added_tokens=True)
+    if tokens > config.decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder.path} has {tokens} tokens",
+            f"the model has {config.decoder.vocab_size} rows for them",
+            "use config.json and tokenizer files of one and the same model",
+        )
     return folder, config, layout_of(content), tokenizer
 
 
@@ -137,12 +152,14 @@ def transcribe(
       UserError: a clip longer than the model takes in one piece; a budget that it cannot have.
     """
     style = style or PromptStyle()
-    _refuse_budget(max_new_tokens, recognizer.config.decoder.max_positions)
-    for wave in waves:
-        _refuse_long(len(wave) / SAMPLE_RATE)
     prompt = build_prompt(recognizer.tokenizer, style, context=context)
+    prompt_tokens = len(prompt.before) + len(prompt.after)
+    for wave in waves:
+        _check_wave(wave)
+        budget = max_new_tokens if max_new_tokens is not None else _budget(len(wave))
+        _check_positions(len(wave), prompt_tokens, budget, recognizer.config.decoder.max_positions)
     found: dict[int, Recognition] = {}
-    for batch in _batches([len(wave) for wave in waves], batch_audio_s):
+    for batch in _batches([len(wave) for wave in waves], batch_audio_s, max_new_tokens):
         generated = _decode(recognizer, [waves[i] for i in batch], prompt, max_new_tokens)
         tokens_BG, lengths_B = np.asarray(generated.tokens_BG), np.asarray(generated.lengths_B)
         finished_B = np.asarray(generated.finished_B)
@@ -151,7 +168,7 @@ def transcribe(
             seconds = len(waves[i]) / SAMPLE_RATE
             transcript = parse_output(recognizer.tokenizer, style, ids, duration_s=seconds)
             found[i] = Recognition(transcript, ids, seconds, bool(finished_B[row]))
-    nothing = Transcript(style.language, "")
+    nothing = parse_output(recognizer.tokenizer, style, ())
     return [
         found.get(i, Recognition(nothing, (), len(wave) / SAMPLE_RATE, finished=True))
         for i, wave in enumerate(waves)
@@ -173,7 +190,7 @@ def _decode(
     samples_B = np.zeros(rows, np.int32)
     budget_B = np.zeros(rows, np.int32)
     for row, wave in enumerate(waves):
-        scale = np.float32(32768 if wave.dtype == np.int16 else 1)
+        scale = np.float32(32768 if wave.dtype.kind == "i" else 1)
         wave_BS[row, : len(wave)] = wave / scale
         samples_B[row], budget_B[row] = len(wave), max_new_tokens or _budget(len(wave))
     text_BX = np.zeros((rows, columns), np.int32)
@@ -196,15 +213,22 @@ def _decode(
     )
 
 
-def _batches(lengths: list[int], batch_audio_s: float) -> list[list[int]]:
-    """Indices of clips with at least one frame, in batches of like length."""
+def _batches(
+    lengths: list[int], batch_audio_s: float, max_new_tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of clips with at least one frame, in batches of like length.
+
+    A new token takes the cache room of a token of audio, so that a budget beyond the usual 8 a
+    second counts as audio of its length.
+    """
     batches: list[list[int]] = []
     bucket = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if lengths[i] < HOP:
             continue
         seconds = _bucket_s(lengths[i] / SAMPLE_RATE)
-        full = bool(batches) and _next_power(len(batches[-1]) + 1) * bucket > batch_audio_s
+        room = max(seconds, (max_new_tokens or 0) / CHUNK_TOKENS)
+        full = bool(batches) and _next_power(len(batches[-1]) + 1) * room > batch_audio_s
         if not batches or full or seconds != bucket:
             batches.append([])
             bucket = seconds
@@ -227,19 +251,33 @@ def _next_power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _refuse_budget(max_new_tokens: int | None, most: int) -> None:
-    if max_new_tokens is not None and not 0 < max_new_tokens <= most:
+def _check_wave(wave: np.ndarray) -> None:
+    """Refuses what would give a wrong transcript in silence."""
+    kind = (np.asarray(wave).dtype.kind, np.asarray(wave).dtype.itemsize)
+    if np.ndim(wave) != 1 or not (kind[0] == "f" or kind == ("i", 2)):
         raise UserError(
-            f"a budget of {max_new_tokens} tokens cannot be had",
-            f"the model has {most} positions",
-            "leave it out, or give a smaller number from 1 up",
+            f"a wave of dtype {np.asarray(wave).dtype} and shape {np.shape(wave)} is no clip",
+            "clips are one row of float or int16 samples, at 16 kHz",
+            "average the channels and scale other integers to [-1, 1]",
         )
-
-
-def _refuse_long(seconds: float) -> None:
+    if kind[0] == "f" and not np.isfinite(wave).all():
+        raise UserError("a wave holds samples that are not finite", do="repair or drop the clip")
+    seconds = len(wave) / SAMPLE_RATE
     if seconds > MAX_CLIP_S:
         raise UserError(
             f"a clip of {seconds:.0f} s is too long",
             f"the model takes at most {MAX_CLIP_S:.0f} s in one piece, and nothing is cut silently",
             "cut it into pieces at silences",
+        )
+
+
+def _check_positions(samples: int, prompt_tokens: int, budget: int, most: int) -> None:
+    """Refuses a budget that is none, or that the model's positions cannot hold."""
+    audio = audio_tokens(frame_count(samples))
+    if budget < 1 or audio + prompt_tokens + budget > most:
+        raise UserError(
+            f"a budget of {budget} tokens cannot be had",
+            f"{audio} audio tokens, {prompt_tokens} of prompt and the budget must fit into "
+            f"{most} positions",
+            "leave the budget out, give another, or cut the audio",
         )

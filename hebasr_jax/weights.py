@@ -7,7 +7,7 @@ side stacks them on a leading axis. The original layout's names follow by `origi
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from einops import rearrange
 from hebasr_jax.config import Layout, ModelConfig
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import Params, abstract_params
+from hebasr_jax.tensor_file import DTYPES, write_tensors
 
 _CONV = "o i mel time -> time mel i o"  # torch sees [mel, time] images, we [time, mel]
 _FLAT = "o (c mel) -> (mel c) o"  # torch flattens the stem's output channel-major, we bin-major
@@ -96,8 +97,6 @@ TABLE: tuple[tuple[str, str, str], ...] = (
 )
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _ROWS = 8192  # rows of the head compared at a time
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_SAFE_NAMES = {name: stored for stored, name in _DTYPES.items()}
 
 
 def original_key(key: str) -> str:
@@ -218,48 +217,13 @@ def save_params(
     for name, shard in zip(names, shards, strict=True):
         tensors = ((e.key, e.shape, np.dtype(dtype or flat[e.path].dtype)) for e in shard)
         arrays = (e.to_theirs(flat[e.path], config) for e in shard)
-        total += _write_safetensors(folder / name, list(tensors), arrays)
+        total += write_tensors(folder / name, list(tensors), arrays)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total},
             "weight_map": {e.key: n for n, s in zip(names, shards, strict=True) for e in s},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _write_safetensors(
-    path: Path, tensors: list[tuple[str, tuple[int, ...], np.dtype]], arrays: Iterable[np.ndarray]
-) -> int:
-    """Writes one file while holding one tensor; `safetensors.save_file` needs them all at once.
-
-    The format: length of the header (8 bytes, little-endian), JSON header, data. The data is
-    cast to the listed dtypes. Returns the bytes of data.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, shape, dtype in tensors:
-        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
-        header[key] = {
-            "dtype": _SAFE_NAMES[dtype.name],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (key, _, dtype), array in zip(tensors, arrays, strict=True):
-            file.write(_cast(key, array, dtype).reshape(-1).view(np.uint8).data)
-    return end
-
-
-def _cast(key: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A contiguous array of the dtype; float16 that cannot hold a value is refused."""
-    with np.errstate(over="ignore"):
-        cast = np.ascontiguousarray(array, dtype=dtype)
-    if dtype == np.float16 and array.dtype != dtype and not np.isfinite(cast).all():
-        raise UserError(f"{key} does not fit into float16", do="store bfloat16 or float32")
-    return cast
 
 
 @contextlib.contextmanager
@@ -323,7 +287,7 @@ def _check(folder: Path, tensors: dict[str, Any], wanted: list[Entry], layout: L
             if k in shapes and tuple(s.get_shape()) != shapes[k]
         ],
         "of another dtype": [
-            f"{k} {s.get_dtype()}" for k, s in stored.items() if s.get_dtype() not in _DTYPES
+            f"{k} {s.get_dtype()}" for k, s in stored.items() if s.get_dtype() not in DTYPES
         ],
     }
     first = {e.path: stored[e.key].get_dtype() for e in reversed(wanted) if e.key in stored}

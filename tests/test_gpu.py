@@ -2,6 +2,7 @@
 the numbers of docs/model.md."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from memory import peak_anonymous
-from reference import noise, relative
+from reference import make_inputs, noise, relative
 from sizes import LARGE
 
 from hebasr_jax.features import log_mel
+from hebasr_jax.generate import generate
+from hebasr_jax.loss import next_token_loss
 from hebasr_jax.model.asr import Inputs, abstract_params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.weights import load_params, save_params
@@ -41,6 +44,53 @@ def random_params(config, dtype=jnp.bfloat16):
         draw(key, leaf.shape, path[-1].key) for key, (path, leaf) in zip(keys, flat, strict=True)
     ]
     return jax.tree.unflatten(tree, leaves)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [380000, 53000, 8000, 160, 190000],  # 345 decoder positions
+        [9000, 15000, 8000, 160, 16000],  # 13 tokens in the only encoder window
+    ],
+)
+def test_kernels_agree_on_mixed_odd_lengths(lengths) -> None:
+    """Loss, gradient and prefill of short and long rows at odd padded lengths, both kernels."""
+    config = replace(
+        LARGE,
+        encoder=replace(LARGE.encoder, layers=2),
+        decoder=replace(LARGE.decoder, layers=2, vocab_size=4096),
+    )
+    params = random_params(config, jnp.float32)
+    texts = [33, 20, 9, 15, 12]
+    inputs = make_inputs(
+        [noise(n, n) for n in lengths], [list(range(9, 9 + n)) for n in texts], [4, 9, 0, 3, 12]
+    )
+    in_loss = (jnp.arange(33) < inputs.text_lengths_B[:, None]) & (jnp.arange(33) > 4)
+    results = {}
+    for kernel in ("cudnn", "xla"):
+        compute = Compute(jnp.bfloat16, kernel, remat="dots")
+
+        def loss(params, compute=compute):
+            total, count = next_token_loss(bind(params, config, compute), inputs, in_loss)
+            return total / count
+
+        program = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        assert ("fmha" in program.as_text()) == (kernel == "cudnn")
+        value, gradient = program(params)
+        out = jax.jit(
+            lambda p, compute=compute: generate(
+                bind(p, config, compute), inputs, jnp.full(5, 8), end_ids=(), max_new_tokens=8
+            )
+        )(params)
+        assert out.lengths_B.tolist() == [8] * 5
+        results[kernel] = float(value), jax.tree.leaves(gradient)
+    (first, g1), (second, g2) = results["cudnn"], results["xla"]
+    norm = float(jnp.sqrt(sum(jnp.sum(g * g) for g in g2)))
+    worst = max(float(jnp.linalg.norm(a - b)) for a, b in zip(g1, g2, strict=True)) / norm
+    print(f"\nloss {first:.5f} and {second:.5f}; gradients within {worst:.1e} of the global norm")
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in g1)
+    assert first == pytest.approx(second, rel=1e-2)
+    assert worst <= 3e-2
 
 
 def test_features_equal_float64_on_the_gpu() -> None:
@@ -101,6 +151,7 @@ def test_a_batch_of_30_seconds_by_both_kernels(large) -> None:
         start = time.perf_counter()
         program = forward.lower(params, wave, samples, text, compute=compute).compile()
         compiled = time.perf_counter() - start
+        assert ("fmha" in program.as_text()) == (kernel == "cudnn")
         memory = program.memory_analysis()
         outputs[kernel] = program(params, wave, samples, text).block_until_ready()
         times = []

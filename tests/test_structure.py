@@ -17,7 +17,7 @@ MODULES = sorted((ROOT / "hebasr_jax").rglob("*.py"))
 # Each module may import those before it; modules on one line do not import each other.
 LEVELS = [
     {"", "errors"},
-    {"config", "audio", "timestamps", "hub", "model"},
+    {"config", "audio", "timestamps", "hub", "model", "tensor_file"},
     {"features", "text", "model.attention"},
     {"model.layers"},
     {"model.encoder", "model.decoder"},
