@@ -301,7 +301,9 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
         from rich.console import Console
         from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True)) as bar:
+        # Left alone, rich takes stdout along to stderr, also where stdout is a file.
+        same = sys.stdout.isatty()
+        with Progress(console=Console(stderr=True), redirect_stdout=same) as bar:
             task = bar.add_task("transcribing", total=total)
             yield lambda name: bar.update(task, advance=1, description=name)
     else:
