@@ -12,6 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import soundfile
+from reference import noise, tiny_folder
 
 from hebasr_jax.errors import UserError
 from hebasr_jax.hub import ModelFolder, find_model
@@ -140,22 +142,28 @@ def hub():
     server.server_close()
 
 
-def fetch(home: Path, endpoint: str | Hub, source: str = MODEL, revision: str = "", **env: str):
-    """find_model in a child process with its own cache; nothing that it prints holds the token."""
+def child(home: Path, endpoint: str | Hub, *words: str, **env: str) -> subprocess.CompletedProcess:
+    """A child process with its own cache and a token, which nothing that it prints may hold."""
     if isinstance(endpoint, Hub):
         endpoint = f"http://127.0.0.1:{endpoint.server_address[1]}"
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
     switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, source, revision],
+        [sys.executable, *words],
         env=inherited | settings | switches | env,
         cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert TOKEN not in done.stdout + done.stderr
+    return done
+
+
+def fetch(home: Path, endpoint: str | Hub, source: str = MODEL, revision: str = "", **env: str):
+    """find_model in a child process."""
+    done = child(home, endpoint, "-c", CHILD, source, revision, **env)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     if "error" in answer:
@@ -274,6 +282,24 @@ def test_repository_without_model_files(hub, tmp_path):
     hub.push({"pytorch_model.bin": b"pickle"})
     assert "no file of a model" in fetch(tmp_path, hub)["error"]
     assert not hub.asked("resolve")
+
+
+def test_commands_take_a_hub_id(hub, tmp_path):
+    """transcribe and convert from the hub give what the folder gives, at a named commit."""
+    sha = hub.push({path.name: path.read_bytes() for path in tiny_folder().iterdir()})
+    soundfile.write(tmp_path / "a.wav", noise(16000), 16000)
+    words = [str(tmp_path / "a.wav"), "--format", "json", "--max-new-tokens", "6"]
+    fetched = child(tmp_path / "home", hub, "-m", "hebasr_jax", "transcribe", MODEL, *words)
+    local = child(
+        tmp_path / "home", hub, "-m", "hebasr_jax", "transcribe", str(tiny_folder()), *words
+    )
+    assert fetched.returncode == local.returncode == 0, fetched.stderr
+    assert json.loads(fetched.stdout) == json.loads(local.stdout)
+    words = [MODEL, str(tmp_path / "copy"), "--layout", "original"]
+    done = child(tmp_path / "home", hub, "-m", "hebasr_jax", "convert", *words)
+    assert done.returncode == 0, done.stderr
+    assert f"at {sha}" in done.stderr
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
 
 
 def test_local_folder_and_what_is_neither(tmp_path):
