@@ -19,6 +19,7 @@ from einops import rearrange
 from hebasr_jax.config import Layout, ModelConfig
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import Params, abstract_params
+from hebasr_jax.paths import flat, nested
 from hebasr_jax.tensor_file import DTYPES, write_tensors
 
 _CONV = "o i mel time -> time mel i o"  # torch sees [mel, time] images, we [time, mel]
@@ -132,7 +133,7 @@ class Entry:
 
 def entries(config: ModelConfig, layout: Layout) -> list[Entry]:
     """Every tensor of a model, in table order; each parameter has exactly one row of TABLE."""
-    shapes = {path: leaf.shape for path, leaf in _flat(abstract_params(config)).items()}
+    shapes = {path: leaf.shape for path, leaf in flat(abstract_params(config)).items()}
     rows = [path for path, _, _ in TABLE]
     if sorted(rows) != sorted(shapes):
         odd = set(rows) ^ set(shapes) or {path for path in rows if rows.count(path) > 1}
@@ -178,11 +179,11 @@ def load_params(
         leaves: dict[str, list[Entry]] = {}
         for entry in wanted:
             leaves.setdefault(entry.path, []).append(entry)
-        flat = {
+        leaves_by_path = {
             path: jax.block_until_ready(place(_read_leaf(tensors, stored, config, dtype)))
             for path, stored in leaves.items()
         }
-    return _nested(flat)
+    return nested(leaves_by_path)
 
 
 def save_params(
@@ -200,11 +201,11 @@ def save_params(
       dtype: to store; None keeps each leaf's own.
       shard_bytes: start a new shard before this many bytes; None writes one file.
     """
-    flat = _flat(params)
+    by_path = flat(params)
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries(config, layout):
-        size = int(np.prod(entry.shape)) * np.dtype(dtype or flat[entry.path].dtype).itemsize
+        size = int(np.prod(entry.shape)) * np.dtype(dtype or by_path[entry.path].dtype).itemsize
         if shard_bytes and shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -215,8 +216,8 @@ def save_params(
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     total = 0
     for name, shard in zip(names, shards, strict=True):
-        tensors = ((e.key, e.shape, np.dtype(dtype or flat[e.path].dtype)) for e in shard)
-        arrays = (e.to_theirs(flat[e.path], config) for e in shard)
+        tensors = ((e.key, e.shape, np.dtype(dtype or by_path[e.path].dtype)) for e in shard)
+        arrays = (e.to_theirs(by_path[e.path], config) for e in shard)
         total += write_tensors(folder / name, list(tensors), arrays)
     if len(shards) > 1:
         index = {
@@ -351,19 +352,3 @@ def _reversed(pattern: str) -> str:
 def _some(names: list[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _flat(tree: Params) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _nested(flat: dict[str, Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

@@ -6,12 +6,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes on public borders are checked in tests only.
 install_import_hook("hebasr_jax", "beartype.beartype")
+
+hypothesis.settings.register_profile("ours", deadline=None)  # the first call compiles
+hypothesis.settings.load_profile("ours")
 
 SHARED = Path(__file__).parents[2] / "shared"
 _ABSENT = {

@@ -12,6 +12,7 @@ from hebasr_jax.config import ModelConfig
 from hebasr_jax.model.decoder import Decoder
 from hebasr_jax.model.encoder import Encoder, audio_tokens
 from hebasr_jax.model.layers import Compute, linear
+from hebasr_jax.paths import flat, nested
 
 Params = dict[str, Any]  # nested dict of arrays; weights.py has the table of its paths
 
@@ -123,6 +124,17 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     return nnx.to_pure_dict(state)
 
 
-def bind(params: Params, config: ModelConfig, compute: Compute) -> Asr:
-    """The model with these parameters: call its methods inside jit or grad."""
-    return nnx.merge(_definition(config, compute)[0], params)
+def bind(params: Params, config: ModelConfig, compute: Compute, below: Params | None = None) -> Asr:
+    """The model with these parameters: call its methods inside jit or grad.
+
+    Args:
+      below: where stacks are cut, the leaves of their lower layers, by the same paths; `params`
+        then holds the upper layers only. The cut changes no result.
+    """
+    definition, _ = _definition(config, compute)
+    asr = nnx.merge(definition, params)
+    if below:
+        lower = nnx.merge(definition, nested(flat(params) | flat(below)))
+        for name in below:
+            getattr(asr, name).below = getattr(lower, name).layers
+    return asr

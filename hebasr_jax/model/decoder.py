@@ -32,6 +32,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(config.vocab_size, config.width, dtype=compute.dtype, rngs=rngs)
         self.layers = stack(lambda r: DecoderLayer(config, compute, r), config.layers, rngs)
+        self.below: Any = nnx.data(None)  # frozen layers under `layers`, if the stack is cut
         self.norm = rms_norm(config.width, config.norm_eps, compute, rngs)
         self.config = config
         self.compute = compute
@@ -53,9 +54,13 @@ class Decoder(nnx.Module):
         angles = self.angles(positions_BL)
         with jax.named_scope("decoder_layers"):
             x_BLD, kept = scan_layers(
-                lambda layer, x: layer(x, angles, mix), x_BLD, self.layers, self.compute
+                lambda layer, x: layer(x, angles, mix), x_BLD, self.segments(), self.compute
             )
         return self.norm(x_BLD), kept
+
+    def segments(self) -> list[Any]:
+        """The stack's segments, lowest first."""
+        return [layers for layers in (self.below, self.layers) if layers is not None]
 
     def angles(self, positions_BL: Int[Array, "B L"]) -> Array:
         """Rotary angles for the given positions."""

@@ -1,6 +1,6 @@
 """Audio encoder: conv stem over one-second chunks, then transformer layers in 8-second windows."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Encoder(nnx.Module):
         flat = config.conv_bins * config.conv_channels
         self.conv_out = linear(flat, config.width, False, compute, rngs)
         self.layers = stack(lambda r: EncoderLayer(config, compute, r), config.layers, rngs)
+        self.below: Any = nnx.data(None)  # frozen layers under `layers`, if the stack is cut
         self.norm = layer_norm(config.width, compute, rngs)
         self.config = config
         self.compute = compute
@@ -58,9 +59,13 @@ class Encoder(nnx.Module):
         lengths_B = audio_tokens(frames_B)
         with jax.named_scope("encoder_layers"):
             x_BAD, _ = scan_layers(
-                lambda layer, x: (layer(x, lengths_B), None), x_BAD, self.layers, self.compute
+                lambda layer, x: (layer(x, lengths_B), None), x_BAD, self.segments(), self.compute
             )
         return self.norm(x_BAD)
+
+    def segments(self) -> list[Any]:
+        """The stack's segments, lowest first."""
+        return [layers for layers in (self.below, self.layers) if layers is not None]
 
     @jax.named_scope("conv_stem")
     def stem(self, mel_BTM: Float[Array, "B T M"]) -> Float[Array, "B A D"]:

@@ -1,5 +1,6 @@
 """Norms, projections and rotary positions: nothing here knows of audio or text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,15 +59,25 @@ def stack(make: Any, layers: int, rngs: nnx.Rngs) -> Any:
     return nnx.vmap(make)(rngs.split(layers))
 
 
-def scan_layers(body: Any, x: Array, layers: Any, compute: Compute) -> tuple[Array, Any]:
-    """Runs `x, y = body(layer, x)` over stacked layers; returns the last x and the stacked ys."""
+def scan_layers(
+    body: Any, x: Array, segments: Sequence[Any], compute: Compute
+) -> tuple[Array, Any]:
+    """Runs `x, y = body(layer, x)` over stacked layers; returns the last x and the stacked ys.
+
+    `segments` are stacks of layers, lowest first. A frozen one is a scan of its own, so that its
+    weights have no gradient; nothing is computed backwards below the lowest trained tensor.
+    """
     policies = {
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     if compute.remat != "none":
         body = jax.checkpoint(body, policy=policies[compute.remat])
-    return jax.lax.scan(lambda x, layer: body(layer, x), x, layers)
+    kept = []
+    for layers in segments:
+        x, ys = jax.lax.scan(lambda x, layer: body(layer, x), x, layers)
+        kept.append(ys)
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
 
 def rotary_angles(positions_BL: Int[Array, "B L"], head_dim: int, theta: float) -> Array:

@@ -1,0 +1,1 @@
+"""From audio files to batches: sources, shards, the epoch plan, the pipeline."""

@@ -1,0 +1,74 @@
+"""What the parts of the data path hand to each other: clips, sets of clips, batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import struct
+
+from hebasr_jax.timestamps import Segment
+
+
+class BadClip(Exception):
+    """One clip cannot be used. `reason` is short and the same for the same fault, so that faults
+    can be counted; `detail` tells the rest."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of a manifest. Ids are unique within a set. Empty text means: nobody speaks."""
+
+    id: str
+    text: str
+    duration_s: float
+    speaker: str = ""
+    recording: str = ""
+    language: str = ""
+    context: str = ""
+    segments: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSet:
+    """A data set: what is known of its clips, and how to read their audio.
+
+    read: from a clip's index to its int16 samples at 16 kHz; raises `BadClip`. Thread-safe.
+    fingerprint: sha256 of everything in `clips` and of where the audio lies.
+    bad: rows that are no clip at all (id or line, `BadClip`); they count as bad clips.
+    """
+
+    name: str
+    clips: tuple[Clip, ...]
+    read: Callable[[int], np.ndarray]
+    fingerprint: str
+    bad: tuple[tuple[str, BadClip], ...] = ()
+    share: float | None = None
+
+
+@struct.dataclass
+class Batch:
+    """One optimiser step's rows, right-padded; a row is one clip or several joined.
+
+    Fields hold numpy arrays on the host, JAX arrays on devices, or shapes; hence `Any`.
+
+    wave_BS: int16 samples at 16 kHz, before speed perturbation.
+    samples_B: int32, valid samples of each row; 0 marks a row that only fills the batch.
+    speed_B: float32, speed factor of each row.
+    seed_B2: uint32, two words from (seed, epoch, id); every draw in the step comes from them.
+    text_BX, text_lengths_B, audio_at_B: int32, as in `model.asr.Inputs`.
+    in_loss_BX: bool, tokens that the model is to write.
+    """
+
+    wave_BS: Any
+    samples_B: Any
+    speed_B: Any
+    seed_B2: Any
+    text_BX: Any
+    text_lengths_B: Any
+    audio_at_B: Any
+    in_loss_BX: Any

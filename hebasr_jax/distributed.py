@@ -1,0 +1,85 @@
+"""Several hosts as one machine: start-up, and what all of them must agree on."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from hebasr_jax.errors import UserError
+
+START_TIMEOUT_S = 1800  # a large job's nodes come up minutes apart
+
+
+def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Joins the hosts of a run. Call it before anything else touches JAX.
+
+    Args:
+      coordinator: host:port of process 0, and the two numbers; all None: from Slurm when the job
+        has more than one task, else a run of one process.
+    """
+    given = [value is not None for value in (coordinator, processes, process)]
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator, --processes and --process belong together",
+            "only some of them were given",
+            "give all three on each host, or none under Slurm",
+        )
+    if not any(given) and int(os.environ.get("SLURM_NTASKS", "1")) < 2:
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=START_TIMEOUT_S
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            "the hosts of this run did not find each other",
+            str(error).splitlines()[0],
+            "check that each host reaches the coordinator's port and has its own process number",
+        ) from None
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def local_rows(rows: int) -> slice:
+    """The rows of a batch that this host reads: its devices' part, in the order of the mesh."""
+    each = rows // jax.process_count()
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
+def place_rows(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A batch's array from the rows that each host read."""
+    return jax.make_array_from_process_local_data(sharding, local)
+
+
+def place_whole(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every host has in full, laid out by `sharding`."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def any_host(flag: bool) -> bool:
+    """Whether the flag is set on any host; all hosts must call it at the same step."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def to_host(tree: Any) -> Any:
+    """Numpy copies of a tree on every host, whatever devices hold it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def on_first(action: Callable[[], None], name: str) -> None:
+    """Runs `action` on the first host while the others wait."""
+    if is_first():
+        action()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,217 @@
+"""One optimiser step: a pure function from state and batch to state and metrics.
+
+batch (int16 waves, token ids)
+  -> augmented waves -> log-mel -> SpecAugment -> model -> loss    for each micro-batch
+  -> gradients, added in float32 -> clip -> optimiser -> new state, unless something is not finite
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from hebasr_jax.audio import SAMPLE_RATE
+from hebasr_jax.augment import augment_wave, mask_features
+from hebasr_jax.config import ModelConfig
+from hebasr_jax.data.clips import Batch
+from hebasr_jax.features import log_mel
+from hebasr_jax.loss import next_token_loss
+from hebasr_jax.model.asr import Inputs, Params, bind
+from hebasr_jax.model.layers import Compute
+from hebasr_jax.paths import flat, is_stacked, nested
+from hebasr_jax.run_config import Augment
+from hebasr_jax.sharding import replicated, rows, shardings
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes or needs; saved whole in a checkpoint.
+
+    Fields hold arrays, or their shapes or shardings; hence `Any`.
+
+    step: int32, optimiser steps taken, skipped ones included.
+    trained: float32 master weights; of a cut stack its upper layers.
+    frozen: the other weights, as they were loaded.
+    moments: the optimiser's state, of `trained` only.
+    """
+
+    step: Any
+    trained: Any
+    frozen: Any
+    moments: Any
+
+
+@struct.dataclass
+class StepMetrics:
+    """What a step tells.
+
+    loss: mean over the batch's target tokens, in nats.
+    tokens: target tokens.
+    grad_norm: global, before clipping.
+    skipped: loss or gradient was not finite; weights and moments are as before.
+    """
+
+    loss: Any
+    tokens: Any
+    grad_norm: Any
+    skipped: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is fixed for a compiled step.
+
+    audio_s: the bucket's length after speed perturbation, in seconds.
+    micro_batches: parts that the batch's rows are cut into; their gradients are added.
+    loss_rows: see `loss.next_token_loss`.
+    gather: weights are gathered whole once a step, or each layer when it runs.
+    """
+
+    model: ModelConfig
+    compute: Compute
+    augment: Augment
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    audio_s: int
+    micro_batches: int = 1
+    loss_rows: int | None = None
+    gather: str = "step"
+
+
+def init_state(trained: Params, frozen: Params, optimizer: optax.GradientTransformation) -> Any:
+    """The state before step 1; `trained` must be float32."""
+    return TrainState(jnp.zeros((), jnp.int32), trained, frozen, optimizer.init(trained))
+
+
+def train_step(
+    state: TrainState, batch: Batch, noise_NS: Array | None, *, step: Step
+) -> tuple[TrainState, StepMetrics]:
+    """One step. Under jit, donate `state`; see `compile_step`.
+
+    The loss is the mean over all target tokens of the batch, whatever micro-batch or device they
+    are on. A step whose loss or gradient is not finite changes nothing but `state.step`.
+    """
+    total = jnp.maximum(jnp.sum(batch.in_loss_BX), 1)
+    placed = shardings(state.trained, step.mesh)
+    weights, frozen = (cast(tree, step.compute.dtype) for tree in (state.trained, state.frozen))
+    if step.gather == "step":
+        weights, frozen = jax.lax.with_sharding_constraint((weights, frozen), replicated(step.mesh))
+
+    def add(sums: tuple[Array, Params], micro: Batch) -> tuple[tuple[Array, Params], None]:
+        loss, grads = jax.value_and_grad(micro_loss)(
+            weights, frozen, micro, noise_NS, total, step=step
+        )
+        grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), sums[1], grads)
+        return (sums[0] + loss, jax.lax.with_sharding_constraint(grads, placed)), None
+
+    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), state.trained)
+    parts = jax.tree.map(partial(_cut, parts=step.micro_batches), batch)
+    (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), parts)
+    with jax.named_scope("optimizer"):
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, moments = step.optimizer.update(grads, state.moments, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        trained, moments = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trained, moments),
+            (state.trained, state.moments),
+        )
+    new_state = TrainState(state.step + 1, trained, state.frozen, moments)
+    return new_state, StepMetrics(loss, jnp.sum(batch.in_loss_BX), norm, ~finite)
+
+
+def micro_loss(
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    noise_NS: Array | None,
+    total: Array,
+    *,
+    step: Step,
+) -> Float[Array, ""]:
+    """A micro-batch's part of the mean loss over `total` target tokens."""
+    inputs = prepare_inputs(
+        batch,
+        noise_NS,
+        augment=step.augment,
+        audio_s=step.audio_s,
+        mel_bins=step.model.encoder.mel_bins,
+    )
+    above, below = assemble(trained, frozen)
+    asr = bind(above, step.model, step.compute, below)
+    loss, _ = next_token_loss(asr, inputs, batch.in_loss_BX, rows=step.loss_rows)
+    return loss / total
+
+
+def prepare_inputs(
+    batch: Batch, noise_NS: Array | None, *, augment: Augment, audio_s: int, mel_bins: int
+) -> Inputs:
+    """Augmented features of a batch, with its text. The default `Augment()` changes nothing."""
+    with jax.named_scope("augment_wave"):
+        wave_BS, samples_B = augment_wave(
+            batch.wave_BS,
+            batch.samples_B,
+            batch.speed_B,
+            batch.seed_B2,
+            augment,
+            noise_NS,
+            out_samples=audio_s * SAMPLE_RATE,
+        )
+    with jax.named_scope("features"):
+        mel_BTM, frames_B = log_mel(wave_BS, samples_B, mel_bins=mel_bins)
+    with jax.named_scope("mask_features"):
+        mel_BTM = mask_features(mel_BTM, frames_B, batch.seed_B2, augment)
+    return Inputs(mel_BTM, frames_B, batch.text_BX, batch.text_lengths_B, batch.audio_at_B)
+
+
+def assemble(trained: Params, frozen: Params) -> tuple[Params, Params]:
+    """From the trained and frozen trees to `bind`'s: whole leaves, and the frozen lower layers."""
+    upper, lower = flat(trained), flat(frozen)
+    return (
+        nested(upper | {path: leaf for path, leaf in lower.items() if path not in upper}),
+        nested({path: leaf for path, leaf in lower.items() if path in upper}),
+    )
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Weights as they enter products: matrices in the compute dtype, vectors as they are.
+
+    Done while they are still cut over the devices, so that half as many bytes are gathered.
+    """
+    return nested(
+        {
+            path: leaf.astype(dtype) if leaf.ndim - is_stacked(path) > 1 else leaf
+            for path, leaf in flat(params).items()
+        }
+    )
+
+
+def _cut(x_B: Array, parts: int) -> Array:
+    """[B, ...] to [parts, B / parts, ...], each part taking rows of every device."""
+    return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
+
+
+def compile_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
+    """The step compiled ahead of time for one bucket; call it with (state, batch, noise_NS).
+
+    Args:
+      state, batch, noise_NS: arrays or shapes; the state's memory is reused for the new state.
+    """
+    whole = replicated(step.mesh)
+    placed = jax.tree.map(lambda _: whole, noise_NS)
+    over_state = shardings(state, step.mesh)
+    over_batch = jax.tree.map(lambda _: rows(step.mesh), batch)
+    jitted = jax.jit(
+        partial(train_step, step=step),
+        in_shardings=(over_state, over_batch, placed),
+        out_shardings=(over_state, whole),
+        donate_argnums=0,
+    )
+    return jitted.lower(state, batch, noise_NS).compile()

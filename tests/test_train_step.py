@@ -1,0 +1,274 @@
+"""The step: equal to torch over ten updates, to itself however it is cut, and never half done."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from reference import load_ours, load_torch, noise, tiny_folder, torch_inputs
+
+from hebasr_jax.data.clips import Batch
+from hebasr_jax.model.layers import Compute
+from hebasr_jax.optim import make_optimizer, schedule, split
+from hebasr_jax.paths import flat
+from hebasr_jax.run_config import Augment, Group, Optim
+from hebasr_jax.sharding import make_mesh
+from hebasr_jax.train_step import Step, compile_step, init_state, prepare_inputs, train_step
+from hebasr_jax.weights import entries
+
+OPTIM = Optim(
+    **{name: Group(2e-3) for name in ("conv_stem", "encoder", "projector", "embedding")},
+    decoder=Group(1e-3),
+    weight_decay=0.1,
+    warmup_steps=3,
+)
+STEPS = 10
+
+
+def make_batch(lengths: list[int], audio_s: int = 2, seed: int = 0) -> Batch:
+    """Rows of noise with random texts of different length."""
+    rng = np.random.default_rng(seed)
+    rows, columns = len(lengths), 16
+    wave_BS = np.zeros((rows, audio_s * 16000), np.int16)
+    text_BX = np.zeros((rows, columns), np.int32)
+    in_loss_BX = np.zeros((rows, columns), bool)
+    text_lengths_B = rng.integers(7, columns + 1, rows).astype(np.int32)
+    for row, samples in enumerate(lengths):
+        wave_BS[row, :samples] = noise(samples, seed * 100 + row) * 20000
+        text_BX[row, : text_lengths_B[row]] = rng.integers(0, 256, text_lengths_B[row])
+        in_loss_BX[row, 6 : text_lengths_B[row]] = True
+    return Batch(
+        wave_BS=wave_BS,
+        samples_B=np.asarray(lengths, np.int32),
+        speed_B=np.ones(rows, np.float32),
+        seed_B2=rng.integers(0, 2**32, (rows, 2), dtype=np.uint32),
+        text_BX=text_BX,
+        text_lengths_B=text_lengths_B,
+        audio_at_B=np.full(rows, 4, np.int32),
+        in_loss_BX=in_loss_BX,
+    )
+
+
+def make_step(optim: Optim = OPTIM, **changes) -> tuple[Step, object]:
+    """A step on one device and the state it starts from."""
+    params, config = load_ours(tiny_folder())
+    trained, frozen = split(params, optim)
+    optimizer = make_optimizer(optim, trained, STEPS)
+    step = Step(config, Compute(), Augment(), optimizer, make_mesh(1), audio_s=2)
+    return replace(step, **changes), init_state(trained, frozen, optimizer)
+
+
+def run(step: Step, state, batches: list[Batch]):
+    """All the steps; the final state and each step's metrics."""
+    one = jax.jit(partial(train_step, noise_NS=None, step=step))
+    metrics = []
+    for batch in batches:
+        state, told = one(state, batch)
+        metrics.append(told)
+    return state, metrics
+
+
+def equal(a, b) -> bool:
+    return all(
+        np.array_equal(x, y, equal_nan=True)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def close(a, b, bound: float) -> None:
+    """Each leaf within `bound` of the other, relative to its norm."""
+    for (path, x), y in zip(flat(a).items(), flat(b).values(), strict=True):
+        error = np.linalg.norm(np.asarray(x, np.float64) - y)
+        if not path.endswith("key/bias"):  # its gradient is zero in theory
+            assert error <= bound * np.linalg.norm(y), (path, error / np.linalg.norm(y))
+
+
+BATCHES = [make_batch([32000, 9000, 20011, 5000], seed=seed) for seed in range(STEPS)]
+
+
+def test_ten_steps_equal_torch_adamw() -> None:
+    """Losses, gradient norms, and in the end every parameter but the encoder's key biases."""
+    step, state = make_step()
+    config = step.model
+    state, metrics = run(step, state, BATCHES)
+
+    model = load_torch(tiny_folder())
+    rates = {"encoder": 2e-3, "projector": 2e-3, "embedding": 2e-3, "decoder": 1e-3}
+    by_path = {e.key: e.path for e in entries(config, "transformers")}
+    groups = []
+    for name, parameter in model.named_parameters():
+        path = by_path[name]
+        group = "embedding" if "embed" in path else path.split("/")[0]
+        groups.append(
+            {
+                "params": [parameter],
+                "peak": rates[group],
+                "weight_decay": OPTIM.weight_decay if parameter.ndim > 1 else 0.0,
+            }
+        )
+    adam = torch.optim.AdamW(groups, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.epsilon)
+    for number, (batch, told) in enumerate(zip(BATCHES, metrics, strict=True)):
+        for group in adam.param_groups:
+            group["lr"] = group["peak"] * float(schedule(number, STEPS, OPTIM))
+        loss = torch_loss(model, step, batch)
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip_norm)
+        adam.step()
+        assert float(told.loss) == pytest.approx(loss.item(), rel=2e-5), number
+        assert float(told.grad_norm) == pytest.approx(norm.item(), rel=2e-4), number
+    theirs = dict(model.named_parameters())
+    ours = flat(state.trained)
+    for entry in entries(config, "transformers"):
+        if entry.path == "encoder/layers/key/bias":
+            continue
+        mine = entry.to_theirs(ours[entry.path], config)
+        other = theirs[entry.key].detach().numpy()
+        assert np.linalg.norm(mine - other) <= 2e-3 * np.linalg.norm(other), entry.key
+
+
+def torch_loss(model, step: Step, batch: Batch) -> torch.Tensor:
+    """The batch's mean loss by the reference, row by row, from our features."""
+    inputs = prepare_inputs(
+        jax.tree.map(jnp.asarray, batch), None, augment=Augment(), audio_s=2, mel_bins=128
+    )
+    total = torch.zeros(())
+    for row in range(len(batch.samples_B)):
+        ids = torch_inputs(inputs, row, step.model.audio_token_id)
+        labels = torch.tensor(batch.text_BX[row][batch.in_loss_BX[row]])
+        logits = model(**ids).logits[0][-len(labels) - 1 : -1]
+        total = total + torch.nn.functional.cross_entropy(logits, labels.long(), reduction="sum")
+    return total / int(batch.in_loss_BX.sum())
+
+
+def test_accumulation_weighs_tokens_not_micro_batches() -> None:
+    """Rows with 1 and with 10 target tokens: cut in two or four, the update is the same."""
+    (step, state), batch = make_step(), BATCHES[0]
+    batch.in_loss_BX[0, 7:] = False
+    whole, [told] = run(step, state, [batch])
+    for parts in (2, 4):
+        cut, [cut_told] = run(replace(step, micro_batches=parts), state, [batch])
+        assert float(cut_told.loss) == pytest.approx(float(told.loss), rel=1e-6)
+        assert float(cut_told.grad_norm) == pytest.approx(float(told.grad_norm), rel=1e-5)
+        close(cut.trained, whole.trained, 1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_tiles_of_the_loss_change_nothing(rows) -> None:
+    (step, state), batch = make_step(), BATCHES[0]
+    whole, [told] = run(step, state, [batch])
+    tiled, [tiled_told] = run(replace(step, loss_rows=rows), state, [batch])
+    assert float(tiled_told.loss) == pytest.approx(float(told.loss), rel=1e-6)
+    close(tiled.trained, whole.trained, 1e-4)
+
+
+def test_rows_that_only_fill_the_batch_change_nothing() -> None:
+    (step, state), batch = make_step(), BATCHES[0]
+    filled = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
+    filled.text_lengths_B[4:] = 1
+    plain, [told] = run(step, state, [batch])
+    more, [more_told] = run(step, state, [filled])
+    assert float(more_told.loss) == pytest.approx(float(told.loss), rel=1e-6)
+    close(more.trained, plain.trained, 1e-4)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
+    step, state = make_step()
+    state, _ = run(step, state, BATCHES[:2])
+    broken = replace_leaf(state, "decoder/norm/scale", jnp.nan)
+    after, [told] = run(step, broken, BATCHES[2:3])
+    assert bool(told.skipped)
+    assert not np.isfinite(told.loss)
+    assert int(after.step) == 3
+    assert equal((after.trained, after.moments), (broken.trained, broken.moments))
+    after, [told] = run(step, state, BATCHES[2:3])
+    assert not bool(told.skipped)
+    assert not equal(after.trained, state.trained)
+
+
+def replace_leaf(state, path: str, value: float):
+    tree = {**state.trained}
+    node, *keys = tree, *path.split("/")
+    for key in keys[:-1]:
+        node[key] = {**node[key]}
+        node = node[key]
+    node[keys[-1]] = node[keys[-1]].at[0].set(value)
+    return state.replace(trained=tree)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_only_the_top_layers_are_trained(layers) -> None:
+    """Frozen parts stay bitwise, have no moments, and the forward pass is the whole model's."""
+    frozen = Group(0.0)
+    optim = Optim(
+        conv_stem=frozen,
+        encoder=Group(1e-3, trained_layers=1),
+        projector=Group(1e-3),
+        embedding=frozen,
+        decoder=Group(1e-3, trained_layers=layers),
+        warmup_steps=0,
+    )
+    step, state = make_step(optim)
+    after, metrics = run(step, state, BATCHES[:3])
+    assert equal(after.frozen, state.frozen)
+    for path, leaf in flat(after.trained).items():
+        before = flat(state.trained)[path]
+        for n in range(leaf.shape[0] if "/layers/" in path else 0):
+            assert not np.array_equal(leaf[n], before[n]), (path, n)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.moments) if leaf.ndim)
+    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.trained))
+    _, [whole] = run(*make_step(), BATCHES[:1])
+    assert float(metrics[0].loss) == pytest.approx(float(whole.loss), rel=1e-6)
+
+
+def test_gradients_of_a_cut_stack_are_those_of_the_whole() -> None:
+    """Adam hides the gradient's scale, so the moments after one step are compared."""
+    optim = replace(OPTIM, decoder=Group(1e-3, trained_layers=1), clip_norm=1e9)
+    cut, _ = run(*make_step(optim), BATCHES[:1])
+    whole, _ = run(*make_step(replace(OPTIM, clip_norm=1e9)), BATCHES[:1])
+    for name in ("up/kernel", "query_norm/scale", "attention_norm/scale"):
+        path = ("decoder", "layers", *name.split("/"))
+        mine, all_layers = moment(cut, path), moment(whole, path)
+        np.testing.assert_allclose(mine, all_layers[-1:], rtol=2e-4, atol=1e-9)
+
+
+def moment(state, path: tuple[str, ...]):
+    """Adam's first moment of one parameter."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(state.moments):
+        text = jax.tree_util.keystr(keys)
+        if ".mu" in text and text.endswith("".join(f"['{key}']" for key in path)):
+            return np.asarray(leaf)
+    raise KeyError(path)
+
+
+def test_nothing_is_computed_backwards_below_the_lowest_trained_tensor() -> None:
+    """With the encoder frozen the compiled step does far less work, not just an unused part."""
+    frozen = Group(0.0)
+    all_frozen = replace(OPTIM, conv_stem=frozen, encoder=frozen)
+    flops = {}
+    for name, optim in {"all": OPTIM, "encoder frozen": all_frozen}.items():
+        step, state = make_step(optim)
+        compiled = compile_step(step, state, BATCHES[0], None)
+        flops[name] = compiled.cost_analysis()["flops"]
+    assert flops["encoder frozen"] < 0.75 * flops["all"], flops
+
+
+def test_bfloat16_steps_follow_float32_ones() -> None:
+    """Masters stay float32; the loss follows within bf16 noise."""
+    step, state = make_step()
+    half = replace(step, compute=Compute(dtype=jnp.bfloat16))
+    _, metrics = run(step, state, BATCHES)
+    coarse, coarse_metrics = run(half, state, BATCHES)
+    assert {leaf.dtype for leaf in jax.tree.leaves(coarse.trained)} == {jnp.dtype("float32")}
+    for a, b in zip(metrics, coarse_metrics, strict=True):
+        assert float(b.loss) == pytest.approx(float(a.loss), rel=3e-2)
+
+
+def test_the_compiled_step_reuses_the_memory_of_its_state() -> None:
+    step, state = make_step()
+    compiled = compile_step(step, state, BATCHES[0], None)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * size
