@@ -17,6 +17,7 @@ import tyro
 
 from hebasr_jax import __version__
 from hebasr_jax.config import Layout
+from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -180,6 +181,48 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Train:
+    """Trains a model as a config file says, or goes on with a run that was stopped.
+
+    Stopped by SIGTERM, SIGINT or SIGUSR1 it saves within one step and exits with code 75; the
+    same command goes on from there.
+    """
+
+    config: Path
+    """Python file with get_config(), such as configs/finetune.py"""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="A.B=C")] = ()
+    """change one value, such as train.steps=10; may be given again"""
+    dry_run: bool = False
+    """print the settings, learning rates, plan and memory, and train nothing"""
+    accept_changes: bool = False
+    """go on with a run although its settings, data or tokenizer changed"""
+    coordinator: str | None = None
+    """host:port of the first host of several; under Slurm leave it and the next two out"""
+    processes: int | None = None
+    """how many hosts there are"""
+    process: int | None = None
+    """which of them this is, from 0"""
+
+    def run(self) -> int:
+        from hebasr_jax.config_file import load_config
+
+        loaded = load_config(self.config, self.set)
+        if self.dry_run:
+            from hebasr_jax.dry_run import dry_run
+
+            dry_run(loaded)
+            return 0
+        from hebasr_jax.distributed import is_first, start
+        from hebasr_jax.train import train
+
+        start(self.coordinator, self.processes, self.process)
+
+        return train(
+            loaded, _say if is_first() else _keep_quiet, accept_changes=self.accept_changes
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
     """A tiny random model through the whole path: write, transcribe, convert, transcribe."""
 
@@ -193,6 +236,8 @@ class Demo:
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "transcribe": Transcribe,
     "convert": Convert,
+    "prepare": Prepare,
+    "train": Train,
     "demo": Demo,
 }
 
@@ -268,6 +313,10 @@ def _speak_utf8() -> None:
 def _say(line: str) -> None:
     """Everything that is not a result goes to stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _keep_quiet(line: str) -> None:
+    """What the other hosts of a run say."""
 
 
 def _windows(paths: Sequence[Path], failed: list[str]) -> "Iterator[list[tuple[Path, np.ndarray]]]":

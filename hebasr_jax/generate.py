@@ -150,7 +150,7 @@ def _decode_one(
     caches: tuple[tuple[Array, Array], ...],
 ) -> tuple[Float[Array, "B 1 D"], tuple[tuple[Array, Array], ...]]:
     """One new position of every row through all layers, unrolled: a scanned cache is copied."""
-    x_B1D = asr.decoder.embed(token_B[:, None])
+    x_B1D = asr.decoder.embed_text(token_B[:, None])
     angles = asr.decoder.angles(position_B[:, None])
     updated = []
     for layer, (keys, values) in zip(layers, caches, strict=True):

@@ -42,6 +42,8 @@ def next_token_loss(
 
 def _cross_entropy(asr: Asr, hidden_RD: Array, label_R: Array, in_loss_R: Array) -> Array:
     logits_RV = asr.decoder.logits(hidden_RD)
-    chosen_R = jnp.take_along_axis(logits_RV, label_R[:, None], axis=-1)[:, 0]
+    # A sum over one entry, not a gather: its gradient is then no scatter.
+    label_RV = label_R[:, None] == jnp.arange(logits_RV.shape[1])
+    chosen_R = jnp.sum(jnp.where(label_RV, logits_RV, 0.0), axis=-1)
     loss_R = jax.nn.logsumexp(logits_RV, axis=-1) - chosen_R
     return jnp.sum(jnp.where(in_loss_R, loss_R, 0.0))

@@ -5,6 +5,7 @@ ones trained. `split` makes the two trees, `join` undoes it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def group_of(path: str, config: Optim) -> Group:
     return getattr(config, look_up(GROUPS, path))
 
 
-def frozen_layers(path: str, leaf: Array, config: Optim) -> int | None:
+def frozen_layers(path: str, leaf: Any, config: Optim) -> int | None:
     """How many first layers of a stacked leaf are frozen; None: the whole leaf, stacked or not."""
     group = group_of(path, config)
     if group.learning_rate == 0:
@@ -161,7 +162,7 @@ def check_groups(params: Tree, config: Optim) -> None:
         raise UserError("nothing is trained", "every group has learning rate 0", "set one above 0")
 
 
-def _kind(path: str, leaf: Array, config: Optim) -> str:
+def _kind(path: str, leaf: Any, config: Optim) -> str:
     """`vector`: no weight decay. `matrix`: AdamW. `muon`: a layer's dense matrix, if asked for."""
     dimensions = len(leaf.shape) - is_stacked(path)
     if dimensions < 2:
@@ -194,7 +195,7 @@ def _like_adam(update: Array) -> Array:
     return update * (0.2 * max(update.shape[-2:]) ** 0.5)
 
 
-def _depth(path: str, leaf: Array, config: Optim) -> Array:
+def _depth(path: str, leaf: Any, config: Optim) -> Array:
     """Multiplier of each layer's update, shaped to broadcast over the leaf."""
     layers = leaf.shape[0] if is_stacked(path) else 1
     below_top = jnp.arange(layers - 1, -1, -1)

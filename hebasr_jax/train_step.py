@@ -37,7 +37,7 @@ class TrainState:
 
     step: int32, optimiser steps taken, skipped ones included.
     trained: float32 master weights; of a cut stack its upper layers.
-    frozen: the other weights, as they were loaded.
+    frozen: the other weights, also float32.
     moments: the optimiser's state, of `trained` only.
     """
 

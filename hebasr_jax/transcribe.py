@@ -156,7 +156,7 @@ def transcribe(
     prompt_tokens = len(prompt.before) + len(prompt.after)
     for wave in waves:
         _check_wave(wave)
-        budget = max_new_tokens if max_new_tokens is not None else _budget(len(wave))
+        budget = max_new_tokens if max_new_tokens is not None else token_budget(len(wave))
         _check_positions(len(wave), prompt_tokens, budget, recognizer.config.decoder.max_positions)
     found: dict[int, Recognition] = {}
     for batch in _batches([len(wave) for wave in waves], batch_audio_s, max_new_tokens):
@@ -192,7 +192,7 @@ def _decode(
     for row, wave in enumerate(waves):
         scale = np.float32(32768 if wave.dtype.kind == "i" else 1)
         wave_BS[row, : len(wave)] = wave / scale
-        samples_B[row], budget_B[row] = len(wave), max_new_tokens or _budget(len(wave))
+        samples_B[row], budget_B[row] = len(wave), max_new_tokens or token_budget(len(wave))
     text_BX = np.zeros((rows, columns), np.int32)
     text_BX[:, : len(text)] = text
     clips = Clips(
@@ -209,7 +209,7 @@ def _decode(
         config=recognizer.config,
         compute=recognizer.compute,
         end_ids=recognizer.tokenizer.special.eos,
-        max_new_tokens=32 * math.ceil((max_new_tokens or _budget(samples)) / 32),
+        max_new_tokens=32 * math.ceil((max_new_tokens or token_budget(samples)) / 32),
     )
 
 
@@ -243,7 +243,7 @@ def _bucket_s(seconds: float) -> int:
     return step * math.ceil(whole / step)
 
 
-def _budget(samples: int) -> int:
+def token_budget(samples: int) -> int:
     return math.ceil(_TOKENS_PER_S * samples / SAMPLE_RATE) + _TOKENS_SPARE
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from hebasr_jax.config import ModelConfig
 from hebasr_jax.model.decoder import Decoder
 from hebasr_jax.model.encoder import Encoder, audio_tokens
-from hebasr_jax.model.layers import Compute, linear
+from hebasr_jax.model.layers import Compute, linear, rearrange_rows
 from hebasr_jax.paths import flat, nested
 
 Params = dict[str, Any]  # nested dict of arrays; weights.py has the table of its paths
@@ -60,7 +60,7 @@ class Asr(nnx.Module):
         with jax.named_scope("encoder"):
             audio_BAD = self.projector(self.encoder(inputs.mel_BTM, inputs.frames_B))
         with jax.named_scope("join"):
-            text_BXD = self.decoder.embed(inputs.text_BX)
+            text_BXD = self.decoder.embed_text(inputs.text_BX)
             joined_BLD = _join(text_BXD, audio_BAD, inputs)
         return joined_BLD, inputs.text_lengths_B + audio_tokens(inputs.frames_B)
 
@@ -75,8 +75,13 @@ class Asr(nnx.Module):
         The first token of a row has no predecessor; its entry repeats position 0 and must not
         enter a loss.
         """
+        hidden_BLD = self.hidden(inputs)
+        text = inputs.text_BX.shape[1]
+        next_BL = jnp.roll(_sources(inputs, hidden_BLD.shape[1] - text), -1, axis=1)
+        last_B1 = text + audio_tokens(inputs.frames_B)[:, None] - 1
+        told_BL = (next_BL < text) & (jnp.arange(hidden_BLD.shape[1]) < last_B1)
         before_BX = jnp.maximum(text_positions(inputs) - 1, 0)
-        return jnp.take_along_axis(self.hidden(inputs), before_BX[..., None], axis=1)
+        return rearrange_rows(hidden_BLD, before_BX, jnp.where(told_BL, next_BL, -1))
 
 
 def text_positions(inputs: Inputs) -> Int[Array, "B X"]:
@@ -88,21 +93,28 @@ def text_positions(inputs: Inputs) -> Int[Array, "B X"]:
 
 def _join(text_BXD: Array, audio_BAD: Array, inputs: Inputs) -> Float[Array, "B L D"]:
     """Puts each row's audio between its text tokens; placeholders are never embedded."""
-    text, audio = text_BXD.shape[1], audio_BAD.shape[1]
+    audio_A = jnp.arange(audio_BAD.shape[1])
+    heard_BA = audio_A < audio_tokens(inputs.frames_B)[:, None]
+    audio_BA = jnp.where(heard_BA, inputs.audio_at_B[:, None] + audio_A, -1)
+    return rearrange_rows(
+        jnp.concatenate([text_BXD, audio_BAD], axis=1),
+        _sources(inputs, audio_BAD.shape[1]),
+        jnp.concatenate([text_positions(inputs), audio_BA], axis=1),
+    )
+
+
+def _sources(inputs: Inputs, audio: int) -> Int[Array, "B L"]:
+    """For each decoder position its text token, or X plus its audio token.
+
+    Behind a row's end the text's padding follows, its last token again and again.
+    """
+    text = inputs.text_BX.shape[1]
     position_L = jnp.arange(text + audio)
     start_B1 = inputs.audio_at_B[:, None]
     end_B1 = start_B1 + audio_tokens(inputs.frames_B)[:, None]
-    source_BL = jnp.where(
-        position_L < start_B1,
-        position_L,
-        jnp.where(
-            position_L < end_B1,
-            text + position_L - start_B1,
-            jnp.minimum(position_L - (end_B1 - start_B1), text - 1),
-        ),
-    )
-    both_BLD = jnp.concatenate([text_BXD, audio_BAD], axis=1)
-    return jnp.take_along_axis(both_BLD, source_BL[..., None], axis=1)
+    behind_BL = jnp.minimum(position_L - (end_B1 - start_B1), text - 1)
+    audio_BL = jnp.where(position_L < end_B1, text + position_L - start_B1, behind_BL)
+    return jnp.where(position_L < start_B1, position_L, audio_BL)
 
 
 @cache

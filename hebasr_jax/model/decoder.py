@@ -14,6 +14,7 @@ from hebasr_jax.model.attention import attend
 from hebasr_jax.model.layers import (
     Compute,
     linear,
+    look_up,
     rms_norm,
     rotary_angles,
     rotate,
@@ -65,6 +66,10 @@ class Decoder(nnx.Module):
     def angles(self, positions_BL: Int[Array, "B L"]) -> Array:
         """Rotary angles for the given positions."""
         return rotary_angles(positions_BL, self.config.head_dim, self.config.rope_theta)
+
+    def embed_text(self, ids_BX: Int[Array, "B X"]) -> Float[Array, "B X D"]:
+        """Embeddings of token ids in the compute dtype."""
+        return look_up(self.embed.embedding[...].astype(self.compute.dtype), ids_BX)
 
     def logits(self, x_BLD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores over the vocabulary in float32, by the tied embedding table."""

@@ -92,3 +92,57 @@ def rotate(x_BLNH: Float[Array, "B L N H"], angles_BLH: Array) -> Float[Array, "
     first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BLNH.dtype)
+
+
+@jax.custom_vjp
+def look_up(table_VD: Array, ids_BX: Array) -> Array:
+    """Rows of a table. Its gradient adds up rows of equal ids by a product, not by a scatter.
+
+    A scatter-add of thousands of equal ids is slow on a GPU, and its order, so its last bits,
+    change from run to run.
+    """
+    return table_VD[ids_BX]
+
+
+def _look_up_fwd(table_VD: Array, ids_BX: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table_VD[ids_BX], (table_VD, ids_BX)
+
+
+def _look_up_bwd(kept: tuple[Array, Array], grad_BXD: Array) -> tuple[Array, None]:
+    table_VD, ids_R = kept[0], kept[1].reshape(-1)
+    grad_RD = grad_BXD.reshape(len(ids_R), -1)
+    equal_RR = ids_R[:, None] == ids_R
+    precision = jax.lax.Precision.HIGHEST if grad_RD.dtype == jnp.float32 else None
+    sums_RD = jnp.matmul(equal_RR.astype(grad_RD.dtype), grad_RD, precision=precision)
+    row_R = jnp.arange(len(ids_R))
+    first_R = jnp.argmax(equal_RR, axis=1) == row_R
+    place_R = jnp.where(first_R, ids_R, table_VD.shape[0] + row_R)  # the others fall off the end
+    whole_VD = jnp.zeros(table_VD.shape, grad_RD.dtype)
+    whole_VD = whole_VD.at[place_R].set(sums_RD, mode="drop", unique_indices=True)
+    return whole_VD.astype(table_VD.dtype), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
+@jax.custom_vjp
+def rearrange_rows(x_BND: Array, source_BM: Array, target_BN: Array) -> Array:
+    """`y[b, m] = x[b, source[b, m]]`, with a gradient that is a gather as well, not a scatter.
+
+    Args:
+      target_BN: the m that row n went to, or -1; of the m's that share an n only this one may
+        have a gradient.
+    """
+    return jnp.take_along_axis(x_BND, source_BM[..., None], axis=1)
+
+
+def _rearrange_fwd(x_BND: Array, source_BM: Array, target_BN: Array) -> tuple[Array, Array]:
+    return rearrange_rows(x_BND, source_BM, target_BN), target_BN
+
+
+def _rearrange_bwd(target_BN: Array, grad_BMD: Array) -> tuple[Array, None, None]:
+    grad_BND = jnp.take_along_axis(grad_BMD, jnp.maximum(target_BN, 0)[..., None], axis=1)
+    return jnp.where(target_BN[..., None] >= 0, grad_BND, 0), None, None
+
+
+rearrange_rows.defvjp(_rearrange_fwd, _rearrange_bwd)

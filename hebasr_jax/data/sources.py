@@ -1,0 +1,289 @@
+"""Data sets opened: JSONL manifests, parquet files with audio in them, shards by `prepare`.
+
+All three are rows of a manifest. Those of a parquet file name its own rows as audio
+(`FILE.parquet#ROW`, which a manifest may do as well), and shards carry a manifest each.
+"""
+
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from hebasr_jax.audio import SAMPLE_RATE
+from hebasr_jax.data.clips import BadClip, Clip, ClipSet
+from hebasr_jax.data.decode import as_file, read_piece, read_sound, sound_duration_s
+from hebasr_jax.data.parquet import AudioColumn, column_names, no_column, parquet_rows
+from hebasr_jax.data.quality import top_reasons
+from hebasr_jax.data.rows import Place, check_segments, has_field, parse_line, parse_row
+from hebasr_jax.data.shards import SET_FILE, SUFFIX, shard_reader, shard_rows
+from hebasr_jax.errors import UserError
+from hebasr_jax.run_config import Columns, Source
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+Read = Callable[[Place, float], np.ndarray]  # a place and the seconds expected there
+Rows = Iterator[tuple[str, dict[str, Any] | BadClip]]  # FILE:LINE and what stands there
+
+_THREADS = 16  # they wait for disks more than they compute
+_AT_ONCE = 256  # rows a thread takes at a time
+
+
+class _Table(NamedTuple):
+    """Rows, the names of their fields, and where their relative audio paths start."""
+
+    rows: Rows
+    columns: Columns
+    folder: Path
+    audio_column: str  # of the parquet files that the rows point to
+
+
+class _Found(NamedTuple):
+    """A row that reads as a clip; its audio has not been looked at."""
+
+    where: str
+    clip: Clip
+    place: Place
+
+
+def open_sources(sources: Sequence[Source]) -> list[ClipSet]:
+    """`open_source` of each; `describe` tells what was kept and lost."""
+    return [open_source(source) for source in sources]
+
+
+def open_source(source: Source) -> ClipSet:
+    """Reads what is known of a set's clips; audio is left where it is.
+
+    A row that is no clip, whose file is missing, or whose length cannot be told goes to `bad`, as
+    does the second row with an id. `read` gives at most round(duration_s * 16000) samples. The
+    fingerprint takes in all fields of the clips, audio names as written, and sizes of files.
+    Raises UserError for a set that cannot be read, has no valid clip, no row of its split, or
+    lacks a column that `source.columns` names.
+    """
+    table = _table(source)
+    rows, bad = _parse(source, table)
+    read, measure = _readers(table.audio_column)
+    sizes = dict(_in_threads(lambda file: (file, _size(file)), {row.place.file for row in rows}))
+
+    def complete(row: _Found) -> Clip | BadClip:
+        try:
+            return _complete(row, sizes[row.place.file], measure)
+        except BadClip as fault:
+            return fault
+
+    kept: dict[str, tuple[_Found, Clip]] = {}
+    for row, clip in zip(rows, _in_threads(complete, rows), strict=True):
+        if isinstance(clip, BadClip):
+            bad.append((row.where, clip))
+        elif clip.id in kept:
+            told = f"{clip.id}: first at {kept[clip.id][0].where}"
+            bad.append((row.where, BadClip("has the id of another row", told)))
+        else:
+            kept[clip.id] = row, clip
+    if not kept:
+        raise _no_clip(source, bad)
+    clips = tuple(clip for _, clip in kept.values())
+    places = [row.place for row, _ in kept.values()]
+    return ClipSet(
+        name=source.name,
+        clips=clips,
+        read=lambda index: read(places[index], clips[index].duration_s),
+        fingerprint=_fingerprint(clips, places, sizes),
+        bad=tuple(bad),
+        share=source.share,
+    )
+
+
+def describe(clip_set: ClipSet) -> str:
+    """One line for the user: clips and hours kept, rows lost and why."""
+    hours = sum(clip.duration_s for clip in clip_set.clips) / 3600
+    lost = top_reasons(fault.reason for _, fault in clip_set.bad)
+    told = f"{clip_set.name}: {len(clip_set.clips):,} clips, {hours:,.2f} h"
+    return told + (f"; {len(clip_set.bad):,} rows lost: {lost}" if lost else "; no row lost")
+
+
+def _table(source: Source) -> _Table:
+    path = Path(source.path).expanduser()
+    columns = source.columns
+    if (path / SET_FILE).is_file():
+        rows = _parsed(shard_rows(path))
+        return _Table(rows, Columns(), path, Columns.audio)
+    if path.is_file() and path.suffix != ".parquet":
+        return _Table(_parsed(_lines(path)), columns, path.parent, Columns.audio)
+    files, folder = _parquet_files(path)
+    return _Table(_parquet_table(files, folder, columns), columns, folder, columns.audio)
+
+
+def _parquet_files(path: Path) -> tuple[list[Path], Path]:
+    """The parquet files that a path, folder or glob names, and the folder they are named from."""
+    if path.is_dir():
+        files, folder = sorted(path.rglob("*.parquet")), path
+    elif path.exists():
+        files, folder = [path], path.parent
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+        folder = Path(os.path.commonpath([file.parent for file in files] or [path.parent]))
+    if not path.exists() and not files:
+        raise UserError(f"{path}: no such file or folder", "", "Check the path of the set.")
+    if not files:
+        below = [str(file.parent) for file in sorted(path.glob(f"*/**/{SET_FILE}"))]
+        raise UserError(
+            f"{path}: has neither parquet files nor {SET_FILE} in it",
+            f"Prepared sets below it: {', '.join(below[:5])}." if below else "",
+            "Give a manifest, parquet files, or the folder of one prepared set.",
+        )
+    return files, folder
+
+
+def _parquet_table(files: Sequence[Path], folder: Path, columns: Columns) -> Rows:
+    names = [path.split(".")[0] for path in astuple(columns)]
+    for file in files:
+        there = column_names(file)
+        if columns.text.split(".")[0] not in there:
+            raise no_column(file, "text", columns.text, there)
+        name = file.relative_to(folder).as_posix()
+        for number, row in enumerate(parquet_rows(file, columns.audio, [*names, "split"])):
+            yield f"{file}#{number}", row | {columns.audio: f"{name}#{number}"}
+
+
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        with file.open("rb") as content:
+            for number, line in enumerate(content, start=1):
+                if line.strip():
+                    yield f"{file}:{number}", line
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read", error.strerror or "") from error
+
+
+def _parsed(lines: Iterable[tuple[str, bytes]]) -> Rows:
+    for where, line in lines:
+        try:
+            yield where, parse_line(line)
+        except BadClip as fault:
+            yield where, fault
+
+
+def _parse(source: Source, table: _Table) -> tuple[list[_Found], list[tuple[str, BadClip]]]:
+    """Rows of the split as clips, and what is none."""
+    rows: list[_Found] = []
+    bad: list[tuple[str, BadClip]] = []
+    others: set[str] = set()
+    named = zip(astuple(table.columns), astuple(Columns()), strict=True)
+    unseen = {path for path, usual in named if path != usual}
+    names: list[str] = []
+    for where, row in table.rows:
+        try:
+            if isinstance(row, BadClip):
+                raise row
+            unseen = {path for path in unseen if not has_field(row, path)}
+            names = names or list(row)
+            if source.split is not None and row.get("split") != source.split:
+                others.add(str(row.get("split")))
+                continue
+            rows.append(_Found(where, *parse_row(row, table.columns, table.folder)))
+        except BadClip as fault:
+            bad.append((where, fault))
+    if unseen and names:
+        raise UserError(
+            f"{source.path}: no row has a field {sorted(unseen)[0]!r}",
+            f"The fields of its first row are {', '.join(names)}.",
+            f"Correct columns of the set {source.name!r}.",
+        )
+    if others and not rows and not bad:
+        raise UserError(
+            f"{source.path}: no row has the split {source.split!r}",
+            f"Splits there: {', '.join(sorted(others))[:200]} (None: the row names none).",
+            f"Correct split of the set {source.name!r}.",
+        )
+    return rows, bad
+
+
+def _readers(audio_column: str) -> tuple[Read, Callable[[Place], float]]:
+    """How to get the samples of a place, and how to find out how many seconds there are."""
+    parquet, read_record = AudioColumn(audio_column), shard_reader()
+
+    def read(place: Place, duration_s: float) -> np.ndarray:
+        if place.row is None:
+            return _read_file(place.file, place, duration_s)
+        if place.file.suffix == SUFFIX:
+            return read_record(place.file, place.row, place.name)
+        with as_file(parquet.read(place.file, place.row, place.name)) as file:
+            return _read_file(file, place, duration_s)
+
+    def measure(place: Place) -> float:
+        if place.row is None:
+            return sound_duration_s(place.file, place.name)
+        if place.file.suffix == SUFFIX:
+            return len(read(place, 0.0)) / SAMPLE_RATE
+        with as_file(parquet.read(place.file, place.row, place.name)) as file:
+            return sound_duration_s(file, place.name)
+
+    return read, measure
+
+
+def _read_file(file: Path, place: Place, duration_s: float) -> np.ndarray:
+    if place.piece:
+        return read_piece(file, *place.piece, place.name)
+    return read_sound(file, duration_s, place.name)
+
+
+def _complete(row: _Found, size: int | None, measure: Callable[[Place], float]) -> Clip:
+    """The clip with its duration, once its file is known to be there. Raises `BadClip`."""
+    if not size:
+        reason = "no such file" if size is None else "is empty (zero bytes)"
+        raise BadClip(reason, str(row.place.file))
+    clip = row.clip
+    if not clip.duration_s:
+        clip = replace(clip, duration_s=measure(row.place))
+    check_segments(clip)
+    return clip
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a regular file; None for anything else."""
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _in_threads(function: Callable[[Given], Made], given: Iterable[Given]) -> list[Made]:
+    items = list(given)
+    parts = [items[start : start + _AT_ONCE] for start in range(0, len(items), _AT_ONCE)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        made = pool.map(lambda part: [function(item) for item in part], parts)
+        return [item for part in made for item in part]
+
+
+def _fingerprint(
+    clips: Sequence[Clip], places: Sequence[Place], sizes: dict[Path, int | None]
+) -> str:
+    digest = hashlib.sha256()
+    for clip, place in zip(clips, places, strict=True):
+        digest.update(json.dumps([*_plain(clip), place.name, place.piece]).encode())
+    named = {place.file_name: sizes[place.file] for place in places}
+    digest.update(json.dumps(sorted(named.items())).encode())
+    return digest.hexdigest()
+
+
+def _plain(clip: Clip) -> list[Any]:
+    segments = [(segment.start_s, segment.end_s, segment.text) for segment in clip.segments]
+    return [value for name, value in vars(clip).items() if name != "segments"] + [segments]
+
+
+def _no_clip(source: Source, bad: Sequence[tuple[str, BadClip]]) -> UserError:
+    if not bad:
+        return UserError(f"{source.path}: is empty: it has no row", "", "Check how it was made.")
+    where, fault = bad[0]
+    return UserError(
+        f"{source.path}: none of its {len(bad)} rows is a clip",
+        f"{top_reasons(fault.reason for _, fault in bad)}; first at {where}: {fault}",
+        f"Mend the rows, or name their fields in columns of the set {source.name!r}.",
+    )

@@ -1,0 +1,324 @@
+"""The folder of a training run: who holds it, what it was started with, how it is stopped.
+
+`runs/<name>/` holds config.json (every value and its origin), env.json (what must stay the same,
+and one entry per start: versions, devices, commit, changes), plan.json, metrics.jsonl,
+checkpoints/ and reports. Nothing here imports JAX until it is asked for the devices.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from hebasr_jax.errors import UserError
+
+EXIT_RUN_AGAIN = 75
+"""Exit code (EX_TEMPFAIL) of a run that a signal stopped: the same command goes on with it."""
+
+MAY_CHANGE = (
+    r"name|runs_dir",
+    r"train\.(keep_last|keep_best|log_steps|checkpoint_steps|max_skipped_steps)",
+    r"data\.(threads|prefetch_batches|max_bad_share)",
+    r"validation\.(every_steps|batch_audio_s|samples|bootstrap)",
+    r"compute\.(cache_dir|devices|attention|remat|loss_rows|gather)",  # rounding only
+)
+"""Config values that a resumed run may change: none of them says what a step learns or what a
+validation is over. Epochs and steps are not among them, since the rate schedule hangs on them."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SHOWN = 3  # differences named in a message
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader, or a machine that loses power, sees the old or the new file.
+
+    Raises `UserError` when the disk is full or may not be written to.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(f"{path} cannot be written", why, "free space, or repair it") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that the run wrote; empty where there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read", str(error), "restore it from a copy") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read", "it holds no JSON object", "restore it")
+    return content
+
+
+@contextlib.contextmanager
+def open_run(folder: Path) -> Iterator[None]:
+    """Makes the folder, or opens it again, and holds it: no other run may, on any host.
+
+    The system lets go of the lock when the process ends, however it ends. With several hosts the
+    first one calls this.
+
+    Raises:
+      UserError: another run holds the folder, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UserError(
+            f"{folder} cannot be written", why, "set another name or runs_dir"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+        os.close(handle)
+        raise UserError(
+            f"{folder} is in use",
+            f"a run holds it: {owner}",
+            "wait for that run or stop it, or set another name",
+        ) from None
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def was_trained(folder: Path) -> bool:
+    """Whether the run ever finished a checkpoint, be it damaged by now."""
+    names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
+    return any(".partial" not in name for name in names)
+
+
+def record_start(
+    folder: Path,
+    config: Mapping[str, Mapping[str, Any]],
+    fixed: Mapping[str, Any],
+    *,
+    about: Mapping[str, Any] | None = None,
+    accept_changes: bool = False,
+) -> list[str]:
+    """Checks a resumed run against its last start, then writes config.json and env.json.
+
+    Until a first checkpoint is there, anything may change.
+
+    Args:
+      config: {"optim.beta1": {"value": 0.9, "origin": "default"}, ...}
+      fixed: JSON of what else must stay the same: fingerprints of the data sets, sha256 of the
+        tokenizer, sizes of the model.
+      about: JSON to note with this start, such as revisions and licences of the data.
+
+    Returns:
+      every difference to the last start, as `name: old -> new`; worth a line each.
+
+    Raises:
+      UserError: a value outside `MAY_CHANGE` differs and `accept_changes` is False. Nothing was
+        written then.
+    """
+    old, env = read_json(folder / "config.json"), read_json(folder / "env.json")
+    new, fixed = json.loads(json.dumps([config, fixed]))  # tuples as lists, as they are read back
+    changes: list[str] = []
+    if was_trained(folder):
+        values = differences(_values(old), _values(new))
+        others = list(differences(_flat(env.get("fixed", {})), _flat(fixed)).values())
+        changes = [*values.values(), *others]
+        free = re.compile("|".join(MAY_CHANGE))
+        refused = [line for name, line in values.items() if not free.fullmatch(name)] + others
+        if refused and not accept_changes:
+            raise _changed(folder, refused)
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start = {"time": now, **environment(), **(about or {}), "changes": changes}
+    write_json(folder / "config.json", new)
+    write_json(folder / "env.json", {"fixed": fixed, "starts": [*env.get("starts", []), start]})
+    return changes
+
+
+def _changed(folder: Path, lines: list[str]) -> UserError:
+    more = f"; {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return UserError(
+        f"{folder} was trained with other settings",
+        "; ".join(lines[:_SHOWN]) + more,
+        "undo that, set another name, or train on regardless with --accept-changes",
+    )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """`name: old -> new` for each name whose value differs, by name."""
+    lines = {}
+    for name in sorted(old.keys() | new.keys()):
+        if name not in old or name not in new or old[name] != new[name]:
+            before, after = (
+                _short(side[name]) if name in side else "nothing" for side in (old, new)
+            )
+            lines[name] = f"{name}: {before} -> {after}"
+    return lines
+
+
+def _values(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: entry["value"] for name, entry in config.items()}
+
+
+def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested JSON objects by dotted names."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    pairs = [_flat(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
+    return {path: leaf for pair in pairs for path, leaf in pair.items()}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}"
+
+
+def environment() -> dict[str, Any]:
+    """What a start ran on. No environment variables, no command line: they may hold secrets."""
+    import platform
+
+    import jax
+
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": {name: _version(name) for name in ("hebasr-jax", *PACKAGES)},
+        "backend": jax.default_backend(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "driver": _driver(),
+        "commit": commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    with contextlib.suppress(OSError):
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    return None
+
+
+def commit(file: Path = Path(__file__)) -> str | None:
+    """The commit of the repository that tracks this package, "+dirty" when files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", file.name)  # a package installed below it is not of it
+        return git("rev-parse", "HEAD") + ("+dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into "save, then stop"; a second one ends at once.
+
+        with StopSignal() as stop:
+            ...                      # until here a signal ends the process with EXIT_RUN_AGAIN
+            stop.worth_saving = True # after the first step; from now on the loop asks:
+            if stop.requested: save and return EXIT_RUN_AGAIN
+
+    A thread acts on the signals, so that they count while the main thread compiles or waits for a
+    device, when Python itself runs no handler. Every file of a run is written so that an end at
+    any instant harms nothing. Outside the main thread it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.worth_saving = False
+
+    def __enter__(self) -> "StopSignal":
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            descriptor = self._writer.fileno()
+            self._previous_wakeup = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+            # A Python handler must exist for the wake-up; all is done by the thread.
+            self._previous = {n: signal.signal(n, lambda *_: None) for n in SIGNALS}
+            threading.Thread(target=self._watch, args=(self._reader,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> Literal[False]:
+        if self._installed:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._previous_wakeup)
+            self._writer.close()  # ends the thread
+        return False
+
+    def _watch(self, reader: socket.socket) -> None:
+        with reader:
+            while data := reader.recv(1):
+                if data[0] in SIGNALS:
+                    self._receive(data[0])
+
+    def _receive(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            _leave(f"{name} again: left at once, the last finished checkpoint counts", 128 + number)
+        if not self.worth_saving:
+            _leave(f"{name}: nothing to save yet", EXIT_RUN_AGAIN)
+        self.requested = True
+        _tell(f"{name}: saving after this step; again to leave at once")
+
+
+def _tell(line: str) -> None:
+    """A line on standard error, past buffers and locks that another thread may hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
+
+
+def _leave(line: str, code: int) -> None:
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar had hidden it
+    _tell(show_cursor + line)
+    os._exit(code)

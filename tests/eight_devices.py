@@ -1,0 +1,66 @@
+"""Run in a process with 8 simulated CPU devices: the step on a mesh of 1 and of 8.
+
+Prints one JSON object; tests/test_sharding.py reads it.
+"""
+
+import json
+from dataclasses import replace
+
+import jax
+import numpy as np
+from test_train_step import OPTIM, make_batch, make_step
+
+from hebasr_jax.distributed import place_rows, place_whole
+from hebasr_jax.paths import flat
+from hebasr_jax.run_config import Group
+from hebasr_jax.sharding import bytes_per_device, make_mesh, rows, shardings
+from hebasr_jax.train_step import compile_step
+
+BATCHES = [make_batch([32000, 9000, 20011, 5000] * 4, seed=seed) for seed in range(3)]
+
+
+def run(devices: int, **changes) -> dict:
+    """Three steps on so many devices."""
+    mesh = make_mesh(devices)
+    optim = replace(OPTIM, decoder=Group(1e-3, trained_layers=2))
+    step, state = make_step(optim, mesh=mesh, **changes)
+    state = jax.tree.map(lambda x, s: place_whole(np.asarray(x), s), state, shardings(state, mesh))
+    batches = [jax.tree.map(lambda x: place_rows(x, rows(mesh)), batch) for batch in BATCHES]
+    compiled = compile_step(step, state, batches[0], None)
+    held = bytes_per_device(state)
+    losses, norms = [], []
+    for batch in batches:
+        state, told = compiled(state, batch, None)
+        losses.append(float(told.loss))
+        norms.append(float(told.grad_norm))
+    return {
+        "losses": losses,
+        "norms": norms,
+        "bytes": held,
+        "weights": {path: np.asarray(leaf) for path, leaf in flat(state.trained).items()},
+        "cut": sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state)),
+        "text": compiled.as_text(),
+    }
+
+
+def main() -> None:
+    assert jax.device_count() == 8
+    single = run(1)
+    found = {"single": {key: single[key] for key in ("losses", "norms", "bytes")}}
+    for name, changes in {
+        "step": {},
+        "layer": {"gather": "layer"},
+        "accumulated": {"micro_batches": 2},
+    }.items():
+        many = run(8, **changes)
+        errors = {
+            path: float(np.linalg.norm(leaf - single["weights"][path]) / np.linalg.norm(leaf))
+            for path, leaf in many["weights"].items()
+            if not path.endswith("key/bias")  # its gradient is zero in theory, noise in practice
+        }
+        found[name] = {key: many[key] for key in ("losses", "norms", "bytes", "cut")}
+        found[name]["worst"] = max(errors.values())
+    print(json.dumps(found))
+
+
+main()

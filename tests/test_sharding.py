@@ -1,0 +1,65 @@
+"""Eight devices do what one does, and each holds its part only."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from hebasr_jax.demo import TINY
+from hebasr_jax.errors import UserError
+from hebasr_jax.model.asr import abstract_params
+from hebasr_jax.paths import flat, look_up
+from hebasr_jax.sharding import TABLE, make_mesh, parameter_path
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """Results of tests/eight_devices.py."""
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, str(HERE / "eight_devices.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["step", "layer", "accumulated"])
+def test_eight_devices_equal_one(found, name) -> None:
+    single, many = found["single"], found[name]
+    assert many["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    assert many["norms"] == pytest.approx(single["norms"], rel=1e-4)
+    assert many["worst"] < 1e-3
+
+
+def test_weights_and_moments_are_cut_over_the_devices(found) -> None:
+    assert found["step"]["cut"] > 50
+    assert found["step"]["bytes"] < 0.35 * found["single"]["bytes"]  # the tiny tables do not divide
+
+
+def test_every_parameter_has_one_row_of_the_table() -> None:
+    for path, leaf in flat(abstract_params(TINY)).items():
+        axis = look_up(TABLE, path)
+        assert axis is None or axis < len(leaf.shape), path
+        if axis is None:
+            assert leaf.size < 100_000 or "conv" in path, path
+
+
+def test_moments_are_known_by_the_parameter_that_ends_their_path() -> None:
+    tree = {"moments": ({"group:matrix": [{"decoder": {"norm": {"scale": 0}}}]}, 1)}
+    paths = [parameter_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    assert paths == ["decoder/norm/scale", ""]
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UserError, match=r"compute\.devices = 99"):
+        make_mesh(99)
