@@ -278,7 +278,9 @@ def load(folder: Path, like: Any, *, part: bool = False) -> tuple[Any, dict[str,
             f" ({len(differing)} of {len(names)} arrays differ)",
             "take the config that it was trained with, or set another name",
         )
-    leaves = ocp.load(folder, {name: wanted.get(name, ocp.PLACEHOLDER) for name in there})
+    leaves = ocp.load(
+        folder.absolute(), {name: wanted.get(name, ocp.PLACEHOLDER) for name in there}
+    )
     state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
     return state, facts
 

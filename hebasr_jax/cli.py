@@ -39,7 +39,7 @@ class Transcribe:
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """model folder in either layout, or hub id such as Qwen/Qwen3-ASR-1.7B"""
+    """model folder in either layout, hub id such as Qwen/Qwen3-ASR-1.7B, or training run"""
     inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...")]
     """files, folders or globs: wav flac mp3 ogg opus, and m4a mp4 webm with the extra 'av'"""
     format: tuple[Literal["txt", "json"], ...] = ("txt",)
@@ -135,7 +135,7 @@ class Convert:
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """model folder in either layout, or hub id"""
+    """model folder in either layout, hub id, training run (its best checkpoint) or checkpoint"""
     destination: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DESTINATION")]
     """new folder"""
     layout: Layout
@@ -154,8 +154,7 @@ class Convert:
         import numpy as np
 
         from hebasr_jax.export import refuse_taken, write_model
-        from hebasr_jax.transcribe import open_model
-        from hebasr_jax.weights import load_params
+        from hebasr_jax.transcribe import load_weights, open_model
 
         _require(
             self.shard_gb is None or 1e-9 <= self.shard_gb < 1e9,
@@ -163,8 +162,8 @@ class Convert:
         )
         refuse_taken(self.destination)  # before gigabytes are read
         folder, config, layout, _ = open_model(self.source, revision=self.revision)
-        _say(f"reading {self.source} ({layout} layout)")
-        params = load_params(folder.path, config, layout, place=np.asarray)
+        _say(f"reading {folder.source} ({layout} layout)")
+        params = load_weights(self.source, folder, config, layout, place=np.asarray)
         write_model(
             params,
             config,
@@ -176,7 +175,7 @@ class Convert:
             stamps=self.add_timestamps,
         )
         at = f" at {folder.revision}" if folder.revision else ""
-        _say(f"wrote {self.destination} ({self.layout} layout) from {self.source}{at}")
+        _say(f"wrote {self.destination} ({self.layout} layout) from {folder.source}{at}")
         return 0
 
 

@@ -68,6 +68,7 @@ def _memory(setup: Setup, rates: Sequence[RateRow]) -> list[Row]:
             shape,
             devices=setup.mesh.size,
             kernel=setup.compute.kernel,
+            accumulated=step_for(setup, bucket).micro_batches > 1,
         )
     if jax.default_backend() == "gpu":
         programs = compile_steps(setup, state_shapes(setup), lambda bucket, program: None)

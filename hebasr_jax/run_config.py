@@ -55,7 +55,7 @@ class Source:
 
     name: str
     path: str
-    """a JSONL manifest, a parquet file, a folder of parquet files, or shards by `prepare`"""
+    """a JSONL manifest, a parquet file, a folder or glob of them, or shards by `prepare`"""
     share: float | None = None
     """share of the clips drawn in an epoch; None: in proportion to the set's size"""
     split: str | None = None

@@ -1,4 +1,28 @@
-"""Bytes that a training step needs on a device: by formula from shapes, and by the compiler."""
+"""Bytes that a training step needs on a device: by formula from shapes, and by the compiler.
+
+With P trained and Q frozen parameters, c bytes of the compute dtype, n devices, R rows of A
+audio tokens and X text tokens, L = A + X:
+
+weights    4 (P + Q) / n, float32
+moments    8 P / n, AdamW's; Muon has half of it for the layers' matrices, which is not told
+copy       c (P + Q), gathered once a step, or / n when gathered by layer; none if c = 4, n = 1
+gradients  c P of one micro-batch (/ n when gathered by layer); if there are more than one, also
+           their float32 sum 4 P / n
+stem       c x 4 arrays of each convolution's output (GELU's, kept for the backward pass)
+encoder    R A x trained-through layers x what remat keeps of a layer at one token
+decoder    R L x the same of the decoder
+ends       12 bytes of each decoder position, for the last norm; where the projector is trained
+           through, 12 + 5 c of each audio token: its norm and its GELU
+layer      what one layer keeps without remat: the backward pass recomputes it whole
+logits     8 bytes x vocabulary x text positions at a time: logits and gradient, in float32
+
+Kept at one token (D width, F mlp, N and K heads x head size, W attended positions):
+full       c D, the layer's input
+dots       encoder c (5 D + F): input, query, key, value, out, up
+           decoder c (2 D + N + 2 K + 2 F): input, query, key, value, out, gate, up
+none       every input of an operation's gradient, norms in float32, see `_kept_by_*`; with
+           XLA attention also (4 + c) W of each head, with cuDNN nothing
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -49,33 +73,16 @@ def memory_estimate(
     *,
     devices: int = 1,
     kernel: str = "xla",
+    accumulated: bool = False,
 ) -> Memory:
-    """Bytes of a training step on each device, from shapes alone.
-
-    With P trained and Q frozen parameters, c bytes of the compute dtype, n devices, R rows of A
-    audio tokens and X text tokens, L = A + X:
-
-    weights    4 (P + Q) / n, float32
-    moments    8 P / n, AdamW's; Muon has half of it for the layers' matrices, which is not told
-    copy       c (P + Q), gathered once a step, or / n when gathered by layer; none if c = 4, n = 1
-    gradients  c P of one micro-batch (/ n when gathered by layer), and their float32 sum 4 P / n
-    stem       c x 4 arrays of each convolution's output (GELU's, kept for the backward pass)
-    encoder    R A x trained-through layers x what remat keeps of a layer at one token
-    decoder    R L x the same of the decoder
-    ends       12 bytes of each decoder position, for the last norm; where the projector is trained
-               through, 12 + 5 c of each audio token: its norm and its GELU
-    layer      what one layer keeps without remat: the backward pass recomputes it whole
-    logits     8 bytes x vocabulary x text positions at a time: logits and gradient, in float32
-
-    Kept at one token (D width, F mlp, N and K heads x head size, W attended positions):
-    full       c D, the layer's input
-    dots       encoder c (5 D + F): input, query, key, value, out, up
-               decoder c (2 D + N + 2 K + 2 F): input, query, key, value, out, gate, up
-    none       every input of an operation's gradient, norms in float32, see `_kept_by_*`; with
-               XLA attention also (4 + c) W of each head, with cuDNN nothing
+    """Bytes of a training step on each device, from shapes alone; the formula stands above.
 
     Nothing is kept below the lowest trained tensor. Stem to ends are within 4 % of what JAX keeps;
-    the whole is within 25 % of XLA's figure on CPU in float32 (`tests/test_dry_run.py`).
+    the whole is within 25 % of XLA's figure on CPU in float32 (`tests/test_dry_run.py`), and was
+    16 to 18 % above it on an H200 at 1.7B (docs/performance.md).
+
+    Args:
+      accumulated: the batch is cut into more than one micro-batch.
     """
     size = 2 if config.compute.dtype == "bfloat16" else 4
     trained = sum(row.trained_parameters for row in rates)
@@ -94,7 +101,7 @@ def memory_estimate(
         weights=4 * whole // devices,
         moments=8 * trained // devices,
         copy=size * whole // spread if size < 4 or devices > 1 else 0,
-        gradients=size * trained // spread + 4 * trained // devices,
+        gradients=size * trained // spread + accumulated * 4 * trained // devices,
         stem=stem * _STEM_COPIES * size * shape.rows * shape.audio_s * _stem_values(model),
         encoder=audio * encoder_layers * _kept_by_encoder(model, remat, size, scores),
         decoder=positions * decoder_layers * _kept_by_decoder(model, remat, size, attended),

@@ -1,9 +1,9 @@
 """Clips to transcripts: load a model once, batch clips by length, decode, parse."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from hebasr_jax.text import (
     load_tokenizer,
     parse_output,
 )
+from hebasr_jax.trained import find_checkpoint, load_trained, model_files
 from hebasr_jax.weights import load_params
 
 MAX_CLIP_S = 1200.0  # what qwen-asr gives the model in one piece; longer audio must be cut
@@ -86,7 +87,7 @@ def load_recognizer(
     dtype: Literal["float32", "bfloat16"] | None = None,
     kernel: Kernel | Literal["auto"] = "auto",
 ) -> Recognizer:
-    """Loads a model folder in either layout, or a hub id.
+    """Loads a model folder in either layout, a hub id, a training run or one of its checkpoints.
 
     Args:
       revision: branch, tag or commit of a hub id.
@@ -100,7 +101,7 @@ def load_recognizer(
     except ValueError as error:
         raise UserError(str(error)) from None
     folder, config, layout, tokenizer = open_model(source, revision=revision)
-    params = load_params(folder.path, config, layout, dtype=compute.dtype)
+    params = load_weights(source, folder, config, layout, dtype=compute.dtype)
     return Recognizer(params, config, tokenizer, compute, folder)
 
 
@@ -108,7 +109,11 @@ def open_model(
     source: str, *, revision: str | None = None
 ) -> tuple[ModelFolder, ModelConfig, Layout, TextTokenizer]:
     """All of a model but its weights; UserError where its files are damaged or do not agree."""
-    folder = find_model(source, revision=revision)
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        folder = find_model(source, revision=revision)
+    else:
+        folder = ModelFolder(model_files(checkpoint), str(checkpoint), None)
     content = read_config(folder.path)
     config = model_config(content)
     tokenizer = load_tokenizer(folder.path)
@@ -127,6 +132,24 @@ def open_model(
             "use config.json and tokenizer files of one and the same model",
         )
     return folder, config, layout_of(content), tokenizer
+
+
+def load_weights(
+    source: str,
+    folder: ModelFolder,
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    dtype: Any = None,
+    place: Callable[[np.ndarray], Any] = jax.device_put,
+) -> Params:
+    """The weights of what `open_model` opened; arguments as in `weights.load_params`."""
+    checkpoint = find_checkpoint(source)
+    if checkpoint is None:
+        return load_params(folder.path, config, layout, dtype=dtype, place=place)
+    return jax.tree.map(
+        lambda leaf: place(leaf.astype(dtype or leaf.dtype)), load_trained(checkpoint)
+    )
 
 
 def transcribe(
