@@ -1,4 +1,5 @@
-# make demo    a tiny model through the whole path, on the CPU (GPU: make demo EXTRA=cuda12)
+# make demo    everything, on the CPU: speech made up, training, WER, export (GPU: EXTRA=cuda12)
+# make demo-long  the same for longer, to a lower WER
 # make test    the test suite; make test-original adds the tests against qwen-asr 0.0.6
 # make lint    format, lint and types
 
@@ -8,12 +9,16 @@ EXTRA ?=
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := .venv/bin
+COMMA := ,
 ORIGINAL := .venv-original/bin
 
-.PHONY: demo test test-original lint clean
+.PHONY: demo demo-long test test-original lint clean
 
 demo: .venv/demo$(EXTRA)
 	$(BIN)/hebasr demo
+
+demo-long: .venv/demo$(EXTRA)
+	$(BIN)/hebasr demo --config configs/demo_long.py --clips 12000
 
 test: .venv/test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --check-skips
@@ -32,7 +37,7 @@ lint: .venv/test
 
 .venv/demo$(EXTRA): pyproject.toml | .venv/bin/python
 	$(BIN)/python -c 'import sys; sys.exit("A GPU needs Python 3.12 or later: make clean, then add PYTHON=python3.12" if "$(EXTRA)".startswith("cuda") and sys.version_info < (3, 12) else 0)'
-	$(BIN)/python -m pip install --quiet -e '.$(if $(EXTRA),[$(EXTRA)])'
+	$(BIN)/python -m pip install --quiet -e '.[demo$(if $(EXTRA),$(COMMA)$(EXTRA))]'
 	touch $@
 
 .venv/test: pyproject.toml | .venv/bin/python

@@ -223,12 +223,17 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """A tiny random model through the whole path: write, transcribe, convert, transcribe."""
+    """Everything on a CPU in minutes: made-up speech, training with a stop, WER, export."""
+
+    config: Path = Path("configs/demo.py")
+    """its config file, in the repository"""
+    clips: int = 4000
+    """clips to train on"""
 
     def run(self) -> int:
         from hebasr_jax.demo import run
 
-        run()
+        run(self.config, self.clips, _say)
         return 0
 
 

@@ -1,127 +1,174 @@
-"""A tiny random model of the real classes with a tokenizer of bytes, for `make demo` and tests."""
+"""`make demo`: the whole system on a CPU, from made-up speech to an exported model."""
 
-import tempfile
-from collections.abc import Sequence
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from hebasr_jax.audio import SAMPLE_RATE, read_audio
+from hebasr_jax.average import average
 from hebasr_jax.config import DecoderConfig, EncoderConfig, ModelConfig
-from hebasr_jax.export import new_folder, write_model
-from hebasr_jax.layout import write_json, write_settings
-from hebasr_jax.model.asr import init_params
-from hebasr_jax.text import load_tokenizer
-from hebasr_jax.timestamps import STAMP_TOKENS
+from hebasr_jax.config_file import load_config
+from hebasr_jax.demo_corpus import best_kind, learn_merges, make_corpus
+from hebasr_jax.errors import UserError
+from hebasr_jax.export import write_model
+from hebasr_jax.run_config import Config, Source
+from hebasr_jax.run_folder import EXIT_RUN_AGAIN, read_json
+from hebasr_jax.tiny import with_merges, write_tiny_model
+from hebasr_jax.trained import load_trained, model_files
 from hebasr_jax.transcribe import load_recognizer, transcribe
-from hebasr_jax.weights import save_params
+from hebasr_jax.validate import score_sets
 
-# The control tokens of the real tokenizer, in its order; True: dropped from decoded text.
-CONTROL = (
-    ("<|endoftext|>", True),
-    ("<|im_start|>", True),
-    ("<|im_end|>", True),
-    ("<|audio_start|>", True),
-    ("<|audio_end|>", True),
-    ("<|audio_pad|>", True),
-    ("<asr_text>", False),
-)
-_BYTES = 256
-_SPARE = 1 + len(STAMP_TOKENS)  # rows for the filler and the time stamps
-
-TINY = ModelConfig(
+SMALL = ModelConfig(
     encoder=EncoderConfig(
         mel_bins=128,
-        conv_channels=16,
-        width=32,
+        conv_channels=8,
+        width=64,
         layers=2,
         heads=4,
-        mlp_width=64,
+        mlp_width=256,
         window_chunks=8,
     ),
     decoder=DecoderConfig(
-        vocab_size=_BYTES + len(CONTROL) + _SPARE,
-        width=48,
-        layers=3,
+        vocab_size=1,  # `with_merges` says how many
+        width=64,
+        layers=2,
         heads=4,
-        kv_heads=2,
+        kv_heads=4,
         head_dim=16,
-        mlp_width=96,
+        mlp_width=170,
         max_positions=4096,
-        rope_theta=1e6,
+        rope_theta=1e4,
         norm_eps=1e-6,
     ),
-    audio_token_id=_BYTES + [name for name, _ in CONTROL].index("<|audio_pad|>"),
+    audio_token_id=0,
 )
+_MERGES = 200
+_CONV_GAINS = (8.0, 2.0, 2.0)
+_STOP_AT = 0.4  # of the steps
+_PROMPT = ["system\n", "user\n", "assistant\n", "language Hebrew"]
+
+Say = Callable[[str], None]
 
 
-def write_tiny_model(destination: Path, *, seed: int = 0, config: ModelConfig = TINY) -> None:
-    """A model folder in the transformers layout with random float32 weights."""
-    with new_folder(destination) as folder:
-        write_byte_tokenizer(folder)
-        write_settings(folder, config, load_tokenizer(folder), "transformers", "float32")
-        params = init_params(config, jax.random.key(seed))
-        save_params(params, config, "transformers", folder)
+def run(config_path: Path, clips: int, say: Say) -> None:
+    """Makes a corpus and a model, trains with a stop in between, averages, scores, exports."""
+    config = load_config(config_path).config
+    files = Path(config.model.path).parent
+    folder = Path(config.runs_dir) / config.name
+    for path in (files / "corpus", files / "model", folder, files / "export"):
+        shutil.rmtree(path, ignore_errors=True)
+    began = time.perf_counter()
+    make_files(files, config, clips, say)
+    say(f"[{time.perf_counter() - began:.0f} s]")
+    train_with_a_stop(config_path, config, folder, say)
+    say(f"[{time.perf_counter() - began:.0f} s]")
+    finish(config, folder, files, say)
+    say(f"[{time.perf_counter() - began:.0f} s in all]")
 
 
-def write_byte_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> None:
-    """tokenizer.json of the 256 bytes, the given merges and the control tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pieces = sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges)))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [AddedToken(name, special=special, normalized=False) for name, special in CONTROL]
+def make_files(files: Path, config: Config, clips: int, say: Say) -> None:
+    """The corpus and the model that training starts from."""
+    kind = best_kind()
+    voices = "eSpeak NG" if kind == "espeak" else "tones and noise (eSpeak NG is not installed)"
+    say(f"1. A corpus of synthetic Hebrew, spoken by {voices}; one file is broken on purpose")
+    made = make_corpus(files / "corpus", config.seed, kind=kind, clips=(clips, 96, 240))
+    for split, rows in made.items():
+        speakers = {row["speaker"] for row in rows}
+        minutes = sum(row["duration_s"] for row in rows) / 60
+        say(f"   {split}: {len(rows)} clips, {minutes:.1f} min, {len(speakers)} speakers")
+    merges = learn_merges([*_PROMPT * 50, *(row["text"] for row in made["train"])], _MERGES)
+    say(f"2. A tiny Qwen3-ASR with random weights and a tokenizer of {len(merges)} merges")
+    write_tiny_model(
+        files / "model",
+        seed=config.seed,
+        config=with_merges(SMALL, len(merges)),
+        merges=merges,
+        conv_gains=_CONV_GAINS,
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    audio = {
-        "audio_token": "<|audio_pad|>",
-        "audio_bos_token": "<|audio_start|>",
-        "audio_eos_token": "<|audio_end|>",
-    }
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "processor_class": "Qwen3ASRProcessor",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "model_max_length": 131072,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-        "extra_special_tokens": [name for name, special in CONTROL if special],
-        "model_specific_special_tokens": audio,
-        **audio,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
 
 
-def run() -> None:
-    """Builds a tiny model, transcribes a generated sound, and shows that both layouts agree."""
+def train_with_a_stop(config_path: Path, config: Config, folder: Path, say: Say) -> None:
+    """Runs `hebasr train` until a real SIGTERM stops it, then the same command again."""
+    command = [sys.executable, "-m", "hebasr_jax", "train", "--config", str(config_path)]
+    say(f"3. Training: {' '.join(['hebasr', *command[3:]])}")
+    stop_at = round(_STOP_AT * (config.train.steps or 0))
+    first = subprocess.Popen(command)
+    while first.poll() is None and steps_taken(folder) < stop_at:
+        time.sleep(0.2)
+    say(f"4. Stopped by SIGTERM at step {steps_taken(folder)}")
+    first.send_signal(signal.SIGTERM)
+    if first.wait() != EXIT_RUN_AGAIN:
+        raise UserError(
+            "the first part of the training did not stop as it should",
+            f"exit code {first.returncode} instead of {EXIT_RUN_AGAIN}",
+            f"see the lines above, and {folder}",
+        )
+    say("5. The same command goes on")
+    if subprocess.run(command, check=False).returncode:
+        raise UserError("training failed", "see the lines above", f"the run is in {folder}")
+
+
+def steps_taken(folder: Path) -> int:
+    """The last step that a running training has written down."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def finish(config: Config, folder: Path, files: Path, say: Say) -> None:
+    """Averages the two best checkpoints, scores all three on unheard speech, exports the best."""
+    table = read_json(folder / "best.json")
+    saved = [step for step in table if (folder / "checkpoints" / step).exists()]
+    best = sorted(saved, key=lambda step: table[step]["wer"])[:2]
+    checkpoints = [folder / "checkpoints" / step for step in best]
+    members = {f"step {p.name}": load_trained(p) for p in checkpoints}
+    mean = average(members.values(), [1 / len(members)] * len(members))
+    candidates = {"average of the two": mean, **members}
+    say(f"6. Test: speakers and word sequences that training never had; best steps {best}")
+    source = Source("test", str(files / "corpus" / "test.jsonl"))
+    base = load_recognizer(str(checkpoints[0]), dtype="float32")
+    wer = {}
+    for name, params in candidates.items():
+        recognizer = replace(base, params=jax.device_put(params))
+        (scores,) = score_sets(recognizer, [source], config).values()
+        low, high = scores["ci95"]
+        wer[name] = scores["wer"]
+        say(
+            f"   {name}: WER {100 * scores['wer']:.1f} % [{100 * low:.1f}, {100 * high:.1f}], "
+            f"CER {100 * scores['cer']:.1f} %, {scores['clips']} clips"
+        )
+    chosen = min(wer, key=lambda name: wer[name])
+    export(candidates[chosen], base.config, model_files(checkpoints[0]), files, say)
+    say(f"   report: {folder / 'report.html'}")
+    say(
+        f"Next: hebasr transcribe {files / 'export' / 'transformers'} YOUR_FILES, or your own data:"
+    )
+    say("      hebasr train --config configs/finetune.py --dry-run")
+
+
+def export(params: dict, config: ModelConfig, source: Path, files: Path, say: Say) -> None:
+    """Writes both layouts, loads each again and lets it transcribe one test clip."""
     import soundfile
 
-    folder = Path(tempfile.mkdtemp(prefix="hebasr-demo-"))
-    print(f"1. A tiny Qwen3-ASR with random weights: {folder / 'tiny'}")
-    write_tiny_model(folder / "tiny")
-    seconds = np.arange(3 * SAMPLE_RATE) / SAMPLE_RATE
-    chord = sum(0.2 * np.sin(2 * np.pi * hertz * seconds) for hertz in (220.0, 277.2, 329.6))
-    soundfile.write(folder / "chord.wav", chord, SAMPLE_RATE)
-    print(f"2. A sound of 3 seconds: {folder / 'chord.wav'}")
-    wave = read_audio(folder / "chord.wav", max_seconds=60)
-    recognizer = load_recognizer(str(folder / "tiny"))
-    first = transcribe(recognizer, [wave], max_new_tokens=24)[0]
-    print(f"3. Transcribed ({recognizer.description}): {first.transcript.text!r}")
-    print("   Weights are random, so the text means nothing; the path is the real one.")
-    params, config = recognizer.params, recognizer.config
-    write_model(params, config, folder / "tiny", folder / "tiny-original", "original")
-    print(f"4. Converted to the layout of qwen-asr and vLLM: {folder / 'tiny-original'}")
-    second = transcribe(load_recognizer(str(folder / "tiny-original")), [wave], max_new_tokens=24)[
-        0
-    ]
-    if second.tokens != first.tokens:
-        raise AssertionError("the converted model gives other tokens")
-    print("5. Transcribed again: the same tokens.")
-    print("Next: hebasr transcribe Qwen/Qwen3-ASR-0.6B YOUR_FILE.wav --language English")
+    rows = (files / "corpus" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    row = json.loads(rows[0])
+    wave, _ = soundfile.read(files / "corpus" / row["audio"], dtype="int16")
+    texts = []
+    for layout in ("original", "transformers"):
+        destination = files / "export" / layout
+        write_model(params, config, source, destination, layout)
+        (result,) = transcribe(load_recognizer(str(destination), dtype="float32"), [wave])
+        texts.append(result.transcript.text)
+        say(f"7. {destination} transcribes {row['audio']}: {result.transcript.text}")
+    say(f"   it was: {row['text']}")
+    if texts[0] != texts[1]:
+        raise UserError("the two exports disagree", f"{texts}", "report this")

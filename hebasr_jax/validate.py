@@ -5,9 +5,11 @@ of the reference text and a greedy hypothesis.
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,17 +24,18 @@ from hebasr_jax.data.clips import BadClip, Batch, Clip, ClipSet
 from hebasr_jax.data.pipeline import load_batch, make_feed
 from hebasr_jax.data.plan import Bucket
 from hebasr_jax.data.quality import Quarantine
+from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import place_whole, to_host
 from hebasr_jax.generate import generate
 from hebasr_jax.loss import next_token_loss
 from hebasr_jax.metrics import score
 from hebasr_jax.model.asr import Params, bind
 from hebasr_jax.model.layers import Compute
-from hebasr_jax.run_config import Augment, Config
-from hebasr_jax.sharding import rows
+from hebasr_jax.run_config import Augment, Config, Source
+from hebasr_jax.sharding import make_mesh, rows
 from hebasr_jax.text import PromptStyle, TextTokenizer, parse_output
 from hebasr_jax.train_step import prepare_inputs
-from hebasr_jax.transcribe import token_budget
+from hebasr_jax.transcribe import Recognizer, token_budget
 
 _SHAPES = 4  # at most, of each dev set: each is a program of its own
 
@@ -123,6 +126,26 @@ def _read_all(clips: ClipSet, most: int | None, quarantine: Quarantine) -> ClipS
         except BadClip as fault:
             quarantine.add(clips.name, clip.id, fault.reason, fault.detail)
     return replace(clips, clips=tuple(good), read=waves.__getitem__, share=None)
+
+
+def score_sets(recognizer: Recognizer, sources: Sequence[Source], config: Config) -> dict[str, Any]:
+    """Scores of a loaded model on whole sets, as `validate` gives them, on one device."""
+    sets = open_sources(sources)
+    whole = replace(config, validation=replace(config.validation, max_clips=None))
+    total = sum(len(s.clips) + len(s.bad) for s in sets)
+    with tempfile.TemporaryDirectory() as folder:
+        quarantine = Quarantine(Path(folder) / "bad.jsonl", config.data.max_bad_share, total)
+        dev_sets = load_dev_sets(sets, recognizer.tokenizer, whole, quarantine, 1)
+    scores = validate(
+        recognizer.params,
+        dev_sets,
+        recognizer.config,
+        recognizer.tokenizer,
+        whole,
+        compute=recognizer.compute,
+        mesh=make_mesh(1),
+    )
+    return scores or {}
 
 
 def validate(

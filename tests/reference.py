@@ -14,12 +14,12 @@ import torch
 from transformers import Qwen3ASRConfig, Qwen3ASRForConditionalGeneration
 
 from hebasr_jax.config import ModelConfig, layout_of, model_config, read_config
-from hebasr_jax.demo import TINY, write_byte_tokenizer
 from hebasr_jax.features import log_mel
 from hebasr_jax.layout import write_settings
 from hebasr_jax.model.asr import Inputs, Params
 from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.text import load_tokenizer
+from hebasr_jax.tiny import TINY, write_byte_tokenizer
 from hebasr_jax.weights import load_params
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -8,10 +8,10 @@ import pytest
 from transformers import Qwen3ASRConfig
 
 from hebasr_jax.config import layout_of, model_config, read_config
-from hebasr_jax.demo import TINY, write_byte_tokenizer
 from hebasr_jax.errors import UserError
 from hebasr_jax.layout import config_json
 from hebasr_jax.text import load_tokenizer
+from hebasr_jax.tiny import TINY, write_byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 
 from hebasr_jax import demo_corpus
 from hebasr_jax.audio import SAMPLE_RATE, read_audio
-from hebasr_jax.demo import write_byte_tokenizer
 from hebasr_jax.demo_corpus import (
     WORDS,
     Speaker,
@@ -24,6 +23,7 @@ from hebasr_jax.demo_corpus import (
     phrases,
 )
 from hebasr_jax.errors import UserError
+from hebasr_jax.tiny import write_byte_tokenizer
 
 SPLITS = ("train", "dev", "test")
 CLIPS = (24, 6, 8)

@@ -18,7 +18,6 @@ from hebasr_jax import dry_run, optim
 from hebasr_jax.config import ModelConfig, model_config, read_config
 from hebasr_jax.config_file import LoadedConfig, flatten, load_config
 from hebasr_jax.data.clips import Batch
-from hebasr_jax.demo import write_tiny_model
 from hebasr_jax.dry_run import show
 from hebasr_jax.errors import UserError
 from hebasr_jax.flops import train_flops
@@ -28,6 +27,7 @@ from hebasr_jax.optim import RateRow
 from hebasr_jax.run_config import Augment, Computation, Config, Group, Optim
 from hebasr_jax.sharding import make_mesh
 from hebasr_jax.step_memory import Memory, Shape, compiled_bytes, memory_estimate
+from hebasr_jax.tiny import write_tiny_model
 from hebasr_jax.train_step import Step, assemble, cast, compile_step, init_state
 
 

@@ -11,11 +11,11 @@ import torch
 from reference import load_ours, load_torch, noise, tiny_folder
 
 from hebasr_jax.config import layout_of, model_config, read_config
-from hebasr_jax.demo import TINY
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import new_folder, write_model
 from hebasr_jax.layout import LANGUAGES, config_json, write_json
 from hebasr_jax.text import PromptStyle, build_prompt, load_tokenizer
+from hebasr_jax.tiny import TINY
 from hebasr_jax.transcribe import load_recognizer, transcribe
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from test_text import STAMPED, tiny, write_tiny_tokenizer
 
-from hebasr_jax.demo import CONTROL
 from hebasr_jax.errors import UserError
 from hebasr_jax.text import build_example, load_tokenizer
+from hebasr_jax.tiny import CONTROL
 
 
 @pytest.mark.parametrize("layout", ["transformers", "original"])

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hebasr_jax.demo import TINY
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import abstract_params, init_params
 from hebasr_jax.optim import (
@@ -26,6 +25,7 @@ from hebasr_jax.optim import (
 )
 from hebasr_jax.paths import flat, look_up
 from hebasr_jax.run_config import Group, Optim
+from hebasr_jax.tiny import TINY
 
 FROZEN = Group(0.0)
 

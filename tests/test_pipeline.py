@@ -20,11 +20,11 @@ from hebasr_jax.data.clips import BadClip, Batch, Clip, ClipSet
 from hebasr_jax.data.draws import row_words
 from hebasr_jax.data.pipeline import Feed, load_batch, make_feed, stream
 from hebasr_jax.data.quality import Quarantine
-from hebasr_jax.demo import write_byte_tokenizer
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Augment, Config, Data
 from hebasr_jax.text import PromptStyle, TextTokenizer, build_example, load_tokenizer
 from hebasr_jax.timestamps import Segment, add_stamp_tokens
+from hebasr_jax.tiny import write_byte_tokenizer
 
 BASE = Config(data=Data(batch_clips=4, buckets=3, threads=0))
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from hebasr_jax.demo import TINY
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import abstract_params
 from hebasr_jax.paths import flat, look_up
 from hebasr_jax.sharding import TABLE, make_mesh, parameter_path
+from hebasr_jax.tiny import TINY
 
 HERE = Path(__file__).parent
 

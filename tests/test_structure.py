@@ -25,8 +25,8 @@ LEVELS = [
     {"loss", "generate", "weights", "layout", "data.sources", "data.pipeline", "checkpoint"},
     {"export", "trained", "data.prepare", "train_step", "average", "throughput", "step_memory"},
     {"transcribe"},
-    {"writers", "demo", "validate", "run_setup", "data.prepare_command", "demo_corpus"},
-    {"train", "dry_run"},
+    {"writers", "tiny", "validate", "run_setup", "data.prepare_command", "demo_corpus"},
+    {"train", "dry_run", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hebasr_jax.demo import write_byte_tokenizer
 from hebasr_jax.errors import UserError
 from hebasr_jax.layout import write_original_tokenizer
 from hebasr_jax.text import (
@@ -28,6 +27,7 @@ from hebasr_jax.text import (
     parse_output,
 )
 from hebasr_jax.timestamps import add_stamp_tokens
+from hebasr_jax.tiny import write_byte_tokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "qwen3-asr-1.7b"
 

@@ -24,13 +24,13 @@ from reference import (
 )
 
 from hebasr_jax import features
-from hebasr_jax.demo import TINY
 from hebasr_jax.model import asr as asr_module
 from hebasr_jax.model import decoder as decoder_module
 from hebasr_jax.model import encoder as encoder_module
 from hebasr_jax.model import layers
 from hebasr_jax.model.asr import bind
 from hebasr_jax.model.layers import Compute
+from hebasr_jax.tiny import TINY
 
 # 21 s: three attention windows; 3.37 s: a last chunk of 37 frames.
 LENGTHS, TEXTS = [336000, 53920], [list(range(9, 40)), list(range(60, 75))]

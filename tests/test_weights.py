@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 from sizes import LARGE, SMALL
 
 from hebasr_jax.config import model_config, read_config
-from hebasr_jax.demo import TINY
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import abstract_params
+from hebasr_jax.tiny import TINY
 from hebasr_jax.weights import TABLE, entries, load_params, original_key, save_params
 
 SHARED = Path(__file__).parents[2] / "shared"

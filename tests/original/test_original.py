@@ -13,7 +13,6 @@ from reference import load_ours, make_inputs, noise, relative, tiny_folder
 from safetensors.numpy import load_file, save_file
 
 from hebasr_jax.config import ModelConfig, layout_of, read_config
-from hebasr_jax.demo import TINY, write_byte_tokenizer
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
 from hebasr_jax.layout import (
@@ -25,6 +24,7 @@ from hebasr_jax.model.asr import bind
 from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.text import PromptStyle, build_prompt, load_tokenizer
+from hebasr_jax.tiny import TINY, write_byte_tokenizer
 from hebasr_jax.transcribe import load_recognizer, transcribe
 from hebasr_jax.weights import original_key
 

@@ -1,0 +1,42 @@
+"""`make demo`: a tiny model of the real classes learns synthetic Hebrew on a CPU."""
+
+from hebasr_jax.run_config import (
+    Computation,
+    Config,
+    Data,
+    Group,
+    Model,
+    Optim,
+    Source,
+    Train,
+    Validation,
+)
+
+
+def get_config() -> Config:
+    every = Group(6e-3)
+    return Config(
+        name="demo",
+        model=Model("runs/demo-files/model"),
+        data=Data(
+            train=(Source("words", "runs/demo-files/corpus/train.jsonl"),),
+            dev=(Source("dev", "runs/demo-files/corpus/dev.jsonl"),),
+            max_clip_s=3.0,
+            buckets=2,
+            batch_clips=16,
+            threads=2,
+        ),
+        compute=Computation(dtype="float32", remat="none", cache_dir="runs/demo-files/cache"),
+        optim=Optim(
+            every,
+            every,
+            every,
+            every,
+            every,
+            matrices="muon",
+            warmup_steps=60,
+            final_rate=0.02,
+        ),
+        train=Train(steps=1000, checkpoint_steps=100, log_steps=20, keep_last=2, keep_best=2),
+        validation=Validation(every_steps=200, batch_audio_s=96.0),
+    )
