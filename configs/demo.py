@@ -21,7 +21,7 @@ def get_config() -> Config:
         data=Data(
             train=(Source("words", "runs/demo-files/corpus/train.jsonl"),),
             dev=(Source("dev", "runs/demo-files/corpus/dev.jsonl"),),
-            max_clip_s=3.0,
+            max_clip_s=2.0,
             buckets=2,
             batch_clips=16,
             threads=2,

@@ -43,6 +43,13 @@ def dry_run(loaded: LoadedConfig) -> None:
         plan = plan_table(setup.feed.table, setup.feed.plan(0), config.data)
         show("Plan of the first epoch, by bucket; the last row sums up", plan["buckets"])
         show("Plan of the first epoch, by set", plan["sets"])
+        left_out = [
+            {"set": name, "reason": reason, "clips left out": count}
+            for name, reasons in setup.feed.left_out.items()
+            for reason, count in reasons.items()
+        ]
+        if left_out:
+            show("Clips that the limits of `data` exclude", left_out)
         show("Memory of a step on each device, GiB", _memory(setup, rates))
     whole = plan["buckets"][-1]
     audio_s = 3600 * whole["hours"] * setup.steps / whole["steps"]

@@ -198,20 +198,24 @@ def _cut(x_B: Array, parts: int) -> Array:
     return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
 
 
-def compile_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
-    """The step compiled ahead of time for one bucket; call it with (state, batch, noise_NS).
+def lower_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
+    """The step of one bucket, traced; the memory of the state is reused for the new state.
 
     Args:
-      state, batch, noise_NS: arrays or shapes; the state's memory is reused for the new state.
+      state, batch, noise_NS: arrays or shapes.
     """
     whole = replicated(step.mesh)
     placed = jax.tree.map(lambda _: whole, noise_NS)
     over_state = shardings(state, step.mesh)
     over_batch = jax.tree.map(lambda _: rows(step.mesh), batch)
-    jitted = jax.jit(
+    return jax.jit(
         partial(train_step, step=step),
         in_shardings=(over_state, over_batch, placed),
         out_shardings=(over_state, whole),
         donate_argnums=0,
-    )
-    return jitted.lower(state, batch, noise_NS).compile()
+    ).lower(state, batch, noise_NS)
+
+
+def compile_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
+    """The step compiled ahead of time for one bucket; call it with (state, batch, noise_NS)."""
+    return lower_step(step, state, batch, noise_NS).compile()

@@ -49,8 +49,7 @@ def main() -> None:
     found = {"single": {key: single[key] for key in ("losses", "norms", "bytes")}}
     for name, changes in {
         "step": {},
-        "layer": {"gather": "layer"},
-        "accumulated": {"micro_batches": 2},
+        "layer": {"gather": "layer", "micro_batches": 2},
     }.items():
         many = run(8, **changes)
         errors = {

@@ -1,5 +1,6 @@
 """The step: equal to torch over ten updates, to itself however it is cut, and never half done."""
 
+import functools
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from hebasr_jax.optim import make_optimizer, schedule, split
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Augment, Group, Optim
 from hebasr_jax.sharding import make_mesh
-from hebasr_jax.train_step import Step, compile_step, init_state, prepare_inputs, train_step
+from hebasr_jax.train_step import Step, init_state, lower_step, prepare_inputs, train_step
 from hebasr_jax.weights import entries
 
 OPTIM = Optim(
@@ -24,6 +25,14 @@ OPTIM = Optim(
     decoder=Group(1e-3),
     weight_decay=0.1,
     warmup_steps=3,
+)
+TOP = Optim(
+    conv_stem=Group(0.0),
+    encoder=Group(1e-3, trained_layers=1),
+    projector=Group(1e-3),
+    embedding=Group(0.0),
+    decoder=Group(1e-3, trained_layers=2),
+    warmup_steps=0,
 )
 STEPS = 10
 
@@ -38,6 +47,9 @@ def make_batch(lengths: list[int], audio_s: int = 2, seed: int = 0) -> Batch:
     text_lengths_B = rng.integers(7, columns + 1, rows).astype(np.int32)
     for row, samples in enumerate(lengths):
         wave_BS[row, :samples] = noise(samples, seed * 100 + row) * 20000
+        if not samples:
+            text_lengths_B[row] = 1
+            continue
         text_BX[row, : text_lengths_B[row]] = rng.integers(0, 256, text_lengths_B[row])
         in_loss_BX[row, 6 : text_lengths_B[row]] = True
     return Batch(
@@ -54,19 +66,31 @@ def make_batch(lengths: list[int], audio_s: int = 2, seed: int = 0) -> Batch:
 
 def make_step(optim: Optim = OPTIM, **changes) -> tuple[Step, object]:
     """A step on one device and the state it starts from."""
+    step, state = _make_step(optim)
+    return replace(step, **changes), state
+
+
+@functools.cache
+def _make_step(optim: Optim) -> tuple[Step, object]:
     params, config = load_ours(tiny_folder())
     trained, frozen = split(params, optim)
     optimizer = make_optimizer(optim, trained, STEPS)
     step = Step(config, Compute(), Augment(), optimizer, make_mesh(1), audio_s=2)
-    return replace(step, **changes), init_state(trained, frozen, optimizer)
+    return step, init_state(trained, frozen, optimizer)
+
+
+@functools.cache
+def program(step: Step):
+    """Each step is compiled once for this file: that takes a quarter of a minute."""
+    state = make_step()[1] if step.optimizer is make_step()[0].optimizer else make_step(TOP)[1]
+    return jax.jit(partial(train_step, noise_NS=None, step=step)).lower(state, BATCHES[0]).compile()
 
 
 def run(step: Step, state, batches: list[Batch]):
     """All the steps; the final state and each step's metrics."""
-    one = jax.jit(partial(train_step, noise_NS=None, step=step))
     metrics = []
     for batch in batches:
-        state, told = one(state, batch)
+        state, told = program(step)(state, batch)
         metrics.append(told)
     return state, metrics
 
@@ -86,7 +110,8 @@ def close(a, b, bound: float) -> None:
             assert error <= bound * np.linalg.norm(y), (path, error / np.linalg.norm(y))
 
 
-BATCHES = [make_batch([32000, 9000, 20011, 5000], seed=seed) for seed in range(STEPS)]
+# The last two rows only fill the batch.
+BATCHES = [make_batch([32000, 9000, 20011, 5000, 0, 0], seed=seed) for seed in range(STEPS)]
 
 
 def test_ten_steps_equal_torch_adamw() -> None:
@@ -136,7 +161,7 @@ def torch_loss(model, step: Step, batch: Batch) -> torch.Tensor:
         jax.tree.map(jnp.asarray, batch), None, augment=Augment(), audio_s=2, mel_bins=128
     )
     total = torch.zeros(())
-    for row in range(len(batch.samples_B)):
+    for row in np.flatnonzero(batch.samples_B):
         ids = torch_inputs(inputs, row, step.model.audio_token_id)
         labels = torch.tensor(batch.text_BX[row][batch.in_loss_BX[row]])
         logits = model(**ids).logits[0][-len(labels) - 1 : -1]
@@ -144,35 +169,17 @@ def torch_loss(model, step: Step, batch: Batch) -> torch.Tensor:
     return total / int(batch.in_loss_BX.sum())
 
 
-def test_accumulation_weighs_tokens_not_micro_batches() -> None:
-    """Rows with 1 and with 10 target tokens: cut in two or four, the update is the same."""
+def test_however_a_batch_is_cut_the_update_is_the_same() -> None:
+    """Micro-batches of rows with 1 and with 10 targets, and tiles of 7 of 32 positions:
+    tokens are weighed, not micro-batches or tiles."""
     (step, state), batch = make_step(), BATCHES[0]
+    batch = replace(batch, in_loss_BX=batch.in_loss_BX.copy())
     batch.in_loss_BX[0, 7:] = False
     whole, [told] = run(step, state, [batch])
-    for parts in (2, 4):
-        cut, [cut_told] = run(replace(step, micro_batches=parts), state, [batch])
-        assert float(cut_told.loss) == pytest.approx(float(told.loss), rel=1e-6)
-        assert float(cut_told.grad_norm) == pytest.approx(float(told.grad_norm), rel=1e-5)
-        close(cut.trained, whole.trained, 1e-4)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 64])
-def test_tiles_of_the_loss_change_nothing(rows) -> None:
-    (step, state), batch = make_step(), BATCHES[0]
-    whole, [told] = run(step, state, [batch])
-    tiled, [tiled_told] = run(replace(step, loss_rows=rows), state, [batch])
-    assert float(tiled_told.loss) == pytest.approx(float(told.loss), rel=1e-6)
-    close(tiled.trained, whole.trained, 1e-4)
-
-
-def test_rows_that_only_fill_the_batch_change_nothing() -> None:
-    (step, state), batch = make_step(), BATCHES[0]
-    filled = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
-    filled.text_lengths_B[4:] = 1
-    plain, [told] = run(step, state, [batch])
-    more, [more_told] = run(step, state, [filled])
-    assert float(more_told.loss) == pytest.approx(float(told.loss), rel=1e-6)
-    close(more.trained, plain.trained, 1e-4)
+    cut, [cut_told] = run(replace(step, micro_batches=3, loss_rows=7), state, [batch])
+    assert float(cut_told.loss) == pytest.approx(float(told.loss), rel=1e-6)
+    assert float(cut_told.grad_norm) == pytest.approx(float(told.grad_norm), rel=1e-5)
+    close(cut.trained, whole.trained, 1e-4)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count() -> None:
@@ -199,19 +206,10 @@ def replace_leaf(state, path: str, value: float):
     return state.replace(trained=tree)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_only_the_top_layers_are_trained(layers) -> None:
-    """Frozen parts stay bitwise, have no moments, and the forward pass is the whole model's."""
-    frozen = Group(0.0)
-    optim = Optim(
-        conv_stem=frozen,
-        encoder=Group(1e-3, trained_layers=1),
-        projector=Group(1e-3),
-        embedding=frozen,
-        decoder=Group(1e-3, trained_layers=layers),
-        warmup_steps=0,
-    )
-    step, state = make_step(optim)
+def test_only_the_top_layers_are_trained() -> None:
+    """Frozen parts stay bitwise, have no moments and cost nothing backwards; the forward pass and
+    the gradients of the rest are the whole model's."""
+    step, state = make_step(TOP)
     after, metrics = run(step, state, BATCHES[:3])
     assert equal(after.frozen, state.frozen)
     for path, leaf in flat(after.trained).items():
@@ -220,19 +218,18 @@ def test_only_the_top_layers_are_trained(layers) -> None:
             assert not np.array_equal(leaf[n], before[n]), (path, n)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.moments) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.trained))
-    _, [whole] = run(*make_step(), BATCHES[:1])
-    assert float(metrics[0].loss) == pytest.approx(float(whole.loss), rel=1e-6)
-
-
-def test_gradients_of_a_cut_stack_are_those_of_the_whole() -> None:
-    """Adam hides the gradient's scale, so the moments after one step are compared."""
-    optim = replace(OPTIM, decoder=Group(1e-3, trained_layers=1), clip_norm=1e9)
-    cut, _ = run(*make_step(optim), BATCHES[:1])
-    whole, _ = run(*make_step(replace(OPTIM, clip_norm=1e9)), BATCHES[:1])
+    whole_step, whole_state = make_step()
+    whole, [told] = run(whole_step, whole_state, BATCHES[:1])
+    assert float(metrics[0].loss) == pytest.approx(float(told.loss), rel=1e-6)
+    cut, _ = run(step, state, BATCHES[:1])
     for name in ("up/kernel", "query_norm/scale", "attention_norm/scale"):
         path = ("decoder", "layers", *name.split("/"))
-        mine, all_layers = moment(cut, path), moment(whole, path)
-        np.testing.assert_allclose(mine, all_layers[-1:], rtol=2e-4, atol=1e-9)
+        # Adam's first moments after one step are the clipped gradients.
+        mine = moment(cut, path) * max(1.0, float(metrics[0].grad_norm))
+        theirs = moment(whole, path)[-2:] * max(1.0, float(told.grad_norm))
+        np.testing.assert_allclose(mine, theirs, rtol=3e-4, atol=1e-8)
+    flops = [program(s).cost_analysis()["flops"] for s in (step, whole_step)]
+    assert flops[0] < 0.8 * flops[1], flops
 
 
 def moment(state, path: tuple[str, ...]):
@@ -244,16 +241,10 @@ def moment(state, path: tuple[str, ...]):
     raise KeyError(path)
 
 
-def test_nothing_is_computed_backwards_below_the_lowest_trained_tensor() -> None:
-    """With the encoder frozen the compiled step does far less work, not just an unused part."""
-    frozen = Group(0.0)
-    all_frozen = replace(OPTIM, conv_stem=frozen, encoder=frozen)
-    flops = {}
-    for name, optim in {"all": OPTIM, "encoder frozen": all_frozen}.items():
-        step, state = make_step(optim)
-        compiled = compile_step(step, state, BATCHES[0], None)
-        flops[name] = compiled.cost_analysis()["flops"]
-    assert flops["encoder frozen"] < 0.75 * flops["all"], flops
+def test_the_state_gives_its_memory_to_the_new_state() -> None:
+    step, state = make_step()
+    text = lower_step(step, state, BATCHES[0], None).as_text()
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
 
 
 def test_bfloat16_steps_follow_float32_ones() -> None:
@@ -265,10 +256,3 @@ def test_bfloat16_steps_follow_float32_ones() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(coarse.trained)} == {jnp.dtype("float32")}
     for a, b in zip(metrics, coarse_metrics, strict=True):
         assert float(b.loss) == pytest.approx(float(a.loss), rel=3e-2)
-
-
-def test_the_compiled_step_reuses_the_memory_of_its_state() -> None:
-    step, state = make_step()
-    compiled = compile_step(step, state, BATCHES[0], None)
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * size
