@@ -14,7 +14,7 @@ from hebasr_jax.run_config import (
 
 
 def get_config() -> Config:
-    every = Group(6e-3)
+    every = Group(5e-3)
     return Config(
         name="demo",
         model=Model("runs/demo-files/model"),
@@ -34,6 +34,7 @@ def get_config() -> Config:
             every,
             every,
             matrices="muon",
+            weight_decay=0.2,
             warmup_steps=60,
             final_rate=0.02,
         ),

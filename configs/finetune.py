@@ -1,6 +1,6 @@
 """A plain fine-tune of Qwen3-ASR-1.7B on your own manifest: the config to copy and change.
 
-    python scripts/train.py --config configs/finetune.py --dry-run
+python scripts/train.py --config configs/finetune.py --dry-run
 """
 
 from hebasr_jax.run_config import (

@@ -227,7 +227,7 @@ class Demo:
 
     config: Path = Path("configs/demo.py")
     """its config file, in the repository"""
-    clips: int = 4000
+    clips: int = 6000
     """clips to train on"""
 
     def run(self) -> int:

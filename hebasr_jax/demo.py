@@ -15,7 +15,7 @@ import jax
 from hebasr_jax.average import average
 from hebasr_jax.config import DecoderConfig, EncoderConfig, ModelConfig
 from hebasr_jax.config_file import load_config
-from hebasr_jax.demo_corpus import best_kind, learn_merges, make_corpus
+from hebasr_jax.demo_corpus import Kind, best_kind, learn_merges, make_corpus
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
 from hebasr_jax.run_config import Config, Source
@@ -65,7 +65,7 @@ def run(config_path: Path, clips: int, say: Say) -> None:
     for path in (files / "corpus", files / "model", folder, files / "export"):
         shutil.rmtree(path, ignore_errors=True)
     began = time.perf_counter()
-    make_files(files, config, clips, say)
+    make_files(files, config, clips, say, best_kind())
     say(f"[{time.perf_counter() - began:.0f} s]")
     train_with_a_stop(config_path, config, folder, say)
     say(f"[{time.perf_counter() - began:.0f} s]")
@@ -73,9 +73,8 @@ def run(config_path: Path, clips: int, say: Say) -> None:
     say(f"[{time.perf_counter() - began:.0f} s in all]")
 
 
-def make_files(files: Path, config: Config, clips: int, say: Say) -> None:
+def make_files(files: Path, config: Config, clips: int, say: Say, kind: Kind) -> None:
     """The corpus and the model that training starts from."""
-    kind = best_kind()
     voices = "eSpeak NG" if kind == "espeak" else "tones and noise (eSpeak NG is not installed)"
     say(f"1. A corpus of synthetic Hebrew, spoken by {voices}; one file is broken on purpose")
     made = make_corpus(files / "corpus", config.seed, kind=kind, clips=(clips, 96, 240))

@@ -17,7 +17,7 @@ from hebasr_jax.audio import SAMPLE_RATE
 
 HOP = 160  # samples between frames
 WINDOW = 400  # samples under one frame
-Count = TypeVar("Count", int, Array)
+Count = TypeVar("Count", int, Array, np.ndarray)
 _BLOCK = 80  # divides both HOP and WINDOW, so that frames are joined from whole blocks
 
 

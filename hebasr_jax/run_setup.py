@@ -62,7 +62,7 @@ class Setup:
     noise_NS: Any
 
 
-def set_up(config: Config, files: Path, quarantine_path: Path) -> Setup:
+def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = True) -> Setup:
     """Opens the model and the data and plans the run; no weights are read.
 
     An epoch's steps are those of the first epoch: speeds and joins are drawn anew in each, so
@@ -71,13 +71,21 @@ def set_up(config: Config, files: Path, quarantine_path: Path) -> Setup:
     Args:
       files: where the model's config and tokenizer files are copied, with time-stamp tokens if
         the config trains with them.
+      fresh: what an earlier try left in these two places is not kept.
     """
     mesh = make_mesh(config.compute.devices)
     compute = compute_of(config)
     source, model, _, original = open_model(config.model.path, revision=config.model.revision)
     stamps = config.text.stamp_share > 0
-    if not files.exists():
-        on_first(lambda: copy_model_files(source.path, files, model, stamps), "model files")
+
+    def lay_out() -> None:
+        if fresh:
+            shutil.rmtree(files, ignore_errors=True)
+            quarantine_path.unlink(missing_ok=True)
+        if not files.exists():
+            copy_model_files(source.path, files, model, stamps)
+
+    on_first(lay_out, "model files")
     _, _, _, tokenizer = open_model(str(files))
     check_groups(abstract_params(model), config.optim)
     if not config.data.train:

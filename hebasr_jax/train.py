@@ -25,7 +25,14 @@ from hebasr_jax.errors import UserError
 from hebasr_jax.optim import GROUPS, join, schedule
 from hebasr_jax.report import write_report
 from hebasr_jax.run_config import Config
-from hebasr_jax.run_folder import EXIT_RUN_AGAIN, StopSignal, open_run, record_start, write_json
+from hebasr_jax.run_folder import (
+    EXIT_RUN_AGAIN,
+    StopSignal,
+    open_run,
+    record_start,
+    was_trained,
+    write_json,
+)
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up, state_shapes
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
 from hebasr_jax.throughput import Window, Work, work_of
@@ -98,7 +105,8 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         if is_first():
             stack.enter_context(open_run(folder))
         use_cache(config)
-        setup = set_up(config, folder / "model", folder / "quarantine.jsonl")
+        fresh = accept_changes or not was_trained(folder)
+        setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=fresh)
         if is_first():
             begin(setup, folder, loaded, say, accept_changes)
         store = stack.enter_context(
@@ -108,8 +116,7 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         )
         trainee = start_or_resume(setup, store, say)
         log = MetricsLog(folder / "metrics.jsonl", trainee.step or None) if is_first() else None
-        show = stack.enter_context(training_display(setup.steps))
-        run = Run(setup, folder, store, stop, log, show, say)
+        run = Run(setup, folder, store, stop, log, display(stack, setup.steps), say)
         run.programs.update(compile_programs(setup, trainee.state, say))
         if config.validation.every_steps:
             run.dev_sets.extend(
@@ -120,9 +127,18 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         code = go_on(run, trainee)
         store.wait()
         if is_first():
-            write_report(folder)
-            say(f"report: {folder / 'report.html'}")
+            try:
+                say(f"report: {write_report(folder)}")
+            except UserError as error:  # the run is whole without it
+                say(f"no report: {error}")
     return code
+
+
+def display(stack: contextlib.ExitStack, steps: int) -> Callable[[Any], None]:
+    """Shows lines of metrics.jsonl until the stack ends; only the first host does."""
+    if is_first():
+        return stack.enter_context(training_display(steps))
+    return lambda line: None
 
 
 def use_cache(config: Config) -> None:
@@ -223,6 +239,8 @@ def one_step(run: Run, trainee: Trainee, item: Item) -> None:
     bucket = setup.feed.buckets[item.bucket]
     placed: Any = item.data
     trainee.window.waited_s += item.waited_s
+    if jax.default_backend() == "cpu":  # it computes while it dispatches: time of this step
+        tell_pending(run, trainee)
     state, metrics = run.programs[bucket](trainee.state, placed.device, setup.noise_NS)
     tell_pending(run, trainee)
     work = work_of(placed.host, bucket.audio_s, setup.model)

@@ -12,7 +12,7 @@ from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, EncoderConfig
 from hebasr_jax.model.attention import attend, matmul_precision
 from hebasr_jax.model.layers import Compute, layer_norm, linear, scan_layers, stack
 
-Count = TypeVar("Count", int, Array)
+Count = TypeVar("Count", int, Array, np.ndarray)
 
 
 def audio_tokens(frames: Count) -> Count:
