@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from recipes import RUNS, Run
 
 from hebasr_jax.metrics import (
     align_words,
@@ -14,7 +15,6 @@ from hebasr_jax.metrics import (
     word_errors,
 )
 from hebasr_jax.tracking import read_metrics
-from runs import RUNS, Run
 
 _RESAMPLES = 10_000
 _WINDOW = 100  # steps

@@ -1,6 +1,6 @@
 """Rung 13 in one command: real speech, our engine against torch, and what small models reach.
 
-Makes the sets, trains every run of `runs.RUNS` in a process of its own, several side by side, and
+Makes the sets, trains every run of `recipes.RUNS` in a process of its own, several side by side, and
 writes results.json and results.md whenever one ends. At the deadline runs stop where they are and
 count as far as they got.
 """
@@ -15,8 +15,7 @@ from pathlib import Path
 
 from compare import collect, markdown
 from make_sets import make_sets
-
-from runs import RUNS, Run
+from recipes import RUNS, Run
 
 _HERE = Path(__file__).parent
 _LAST_S = 45.0  # for runs to save and decode after they were told to stop

@@ -8,13 +8,14 @@ import threading
 import time
 from pathlib import Path
 
+from recipes import RECIPES, Run, make_config, write_model
+
 from hebasr_jax.config_file import LoadedConfig, checked, flatten
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.run_config import Config
 from hebasr_jax.text import PromptStyle
 from hebasr_jax.train import train
 from hebasr_jax.transcribe import load_recognizer, transcribe
-from runs import RECIPES, Run, make_config, write_model
 
 _DECODE_S = 60.0  # for transcripts with time stamps
 
