@@ -9,7 +9,6 @@ import pytest
 from tone_runs import (
     WORDS,
     arrays,
-    cache_folder,
     checkpoints,
     losses,
     make_workspace,
@@ -34,8 +33,7 @@ QUIET = ("validation.every_steps=0", "train.checkpoint_steps=3")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A workspace with a run, `cut`, that was stopped and has checkpoints of step 3 and later."""
-    cache = cache_folder(tmp_path_factory.getbasetemp())
-    folder = make_workspace(tmp_path_factory.mktemp("faults") / "space", cache)
+    folder = make_workspace(tmp_path_factory.getbasetemp(), "faults")
     stop = {"call": STEP, "at": 5, "signal": "SIGTERM"}
     train(folder, *settings("name=cut", *QUIET), code=75, meddle=stop)
     return folder
@@ -124,17 +122,6 @@ def test_a_resumed_run_must_be_what_it_was(space, capsys, what) -> None:
     assert contents(Path("runs/cut")) == before
 
 
-def test_with_accept_changes_it_goes_on(space) -> None:
-    reword(space / "corpus" / "train.jsonl")
-    last = checkpoints(space / "runs" / "cut")[-1]
-    stop = {"call": STEP, "at": 2, "signal": "SIGTERM"}
-    name = settings("name=cut", *QUIET)
-    told = train(space, *name, "--accept-changes", code=75, meddle=stop)
-    assert "changed since the last start: data.tones: " in told
-    assert f"going on from step {last}" in told
-    assert checkpoints(space / "runs" / "cut")[-1] > last
-
-
 def test_the_checkpoint_of_another_model_is_refused(space, capsys) -> None:
     write_tiny_model(space / "small", config=with_merges(TINY, 0))
     words = settings("name=cut", "model.path=small", *QUIET)
@@ -157,17 +144,18 @@ def damage(checkpoint: Path) -> None:
     largest.write_bytes(largest.read_bytes()[:-1] + b"?")
 
 
-def test_a_damaged_checkpoint_is_passed_over_loudly(space) -> None:
+def test_it_goes_on_past_a_damaged_checkpoint_and_with_accepted_changes(space) -> None:
+    reword(space / "corpus" / "train.jsonl")
     run = space / "runs" / "cut"
     before, last = losses(run), checkpoints(run)[-1]
     damage(run / "checkpoints" / str(last))
-    stop = {"call": STEP, "at": 2, "signal": "SIGTERM"}
-    told = train(space, *settings("name=cut", *QUIET), code=75, meddle=stop)
+    words = (*settings("name=cut", *QUIET), "--accept-changes")
+    told = train(space, *words, code=75, meddle={"call": STEP, "at": 3, "signal": "SIGTERM"})
+    assert "changed since the last start: data.tones: " in told
     assert f"checkpoint {last} is damaged and passed over" in told
     assert "going on from step 3" in told
-    after = losses(run)
-    assert after[:4] == before[:4]
-    assert len(after) == checkpoints(run)[-1]
+    assert losses(run)[:3] == before[:3]
+    assert len(losses(run)) == checkpoints(run)[-1] > 4
     assert (run / "checkpoints" / f"{last}.damaged").is_dir()
 
 

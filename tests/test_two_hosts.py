@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tone_runs import (
     arrays,
-    cache_folder,
     checkpoints,
     end,
     losses,
@@ -33,12 +32,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def on_two_hosts(space: Path, *changes: str, code: int = 0, stop: dict | None = None) -> list[str]:
-    """What each host said; both must end with `code`. Rows that they read go to rows-0, rows-1."""
+def on_two_hosts(space: Path, *changes: str, code: int, stop: dict) -> list[str]:
+    """What each host said; both must end with `code`. Rows that they read go to rows-0, rows-1.
+
+    Args:
+      stop: what tests/meddled.py does to the second host.
+    """
     port, hosts = free_port(), []
     for number in (0, 1):
         words = ("--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(number))
-        meddle = {"rows": f"rows-{number}"} | (stop or {} if number else {})
+        meddle = {"rows": f"rows-{number}"} | (stop if number else {})
         hosts.append(start(space, *settings(*CHANGES, *changes), *words, meddle=meddle))
     try:
         return [end(host, code) for host in hosts]
@@ -49,18 +52,17 @@ def on_two_hosts(space: Path, *changes: str, code: int = 0, stop: dict | None = 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> SimpleNamespace:
-    """Runs `one`, of one host with two devices, and `two`, of two hosts that were stopped once.
+    """Runs `one`, of one host with two devices, and `two`, of two hosts until they were stopped.
 
-    space: where they are. first, second: what the two hosts said until they were stopped.
-    again: what the first one said when they went on. stopped: their last step before.
+    first, second: what the two hosts said. stopped: their last step. again: what one host with
+    two devices said that took the run over.
     """
-    cache = cache_folder(tmp_path_factory.getbasetemp())
-    space = make_workspace(tmp_path_factory.mktemp("hosts") / "space", cache)
+    space = make_workspace(tmp_path_factory.getbasetemp(), "hosts")
     train(space, *settings(*CHANGES, "name=one"), devices=2, meddle={"rows": "rows"})
     stop = {"call": "hebasr_jax.train.one_step", "at": 6, "signal": "SIGTERM"}
     first, second = on_two_hosts(space, "name=two", code=75, stop=stop)
     stopped = checkpoints(space / "runs" / "two")[-1]
-    again, _ = on_two_hosts(space, "name=two")
+    again = train(space, *settings(*CHANGES, "name=two"), devices=2)
     return SimpleNamespace(
         one=space / "runs" / "one",
         two=space / "runs" / "two",
@@ -105,11 +107,10 @@ def test_each_host_reads_only_its_half_of_every_batch(told) -> None:
         {line for line in (told.space / name).read_text().splitlines() if "tones 0 " in line}
         for name in ("rows", "rows-0", "rows-1")
     )
-    assert len(whole) == 65
+    read = {int(line.split()[2]) for line in first}
+    assert {line for line in whole if int(line.split()[2]) in read} == first | second
     assert not first & second
-    assert first | second == whole
-    batches = [
-        tuple(sum(line.split()[2] == str(n) for line in part) for part in (first, second))
-        for n in range(9)
-    ]
-    assert sorted(batches) == [(1, 0)] + [(4, 4)] * 8
+    assert read >= set(range(6))
+    for number in read:
+        rows = [sum(int(x.split()[2]) == number for x in part) for part in (first, second)]
+        assert rows in ([4, 4], [1, 0])  # the epoch's last row is in a batch of its own

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tone_runs import WORDS, cache_folder, make_workspace, read_rows, write_manifest, write_rows
+from tone_runs import WORDS, make_workspace, read_rows, write_manifest, write_rows
 
 from hebasr_jax.config_file import load_config
 from hebasr_jax.data.pipeline import load_batch
@@ -34,9 +34,7 @@ LOUD = Augment(
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> SimpleNamespace:
     """50 steps on one batch of the eight words, as they are and with their sound taken away."""
-    folder = make_workspace(
-        tmp_path_factory.mktemp("validate") / "space", cache_folder(tmp_path_factory.getbasetemp())
-    )
+    folder = make_workspace(tmp_path_factory.getbasetemp(), "validate")
     write_manifest(folder / "corpus" / "eight.jsonl", [[word] for word in WORDS], seed=1, spread=0)
     mixed = [list(pair) for pair in zip(WORDS, WORDS[3:] + WORDS[:3], strict=True)]
     singles = [[word] for word in WORDS]
@@ -167,11 +165,12 @@ def test_a_bad_clip_is_put_on_record_and_not_scored(learned, scores) -> None:
 
 
 def test_the_first_clips_are_taken_when_there_are_too_many(learned) -> None:
-    config = learned.setup.config
-    few = replace(config, validation=replace(config.validation, max_clips=3, samples=99))
-    found = _scores(learned, few)["noisy"]
-    assert [pair["id"] for pair in found["samples"]] == [f"noisy-{n}" for n in range(3)]
-    assert found["clips"] == 3
+    setup, config = learned.setup, learned.setup.config
+    few = replace(config, validation=replace(config.validation, max_clips=3))
+    quarantine = Quarantine(learned.folder / "few.jsonl", 0.2, 100)
+    (dev,) = load_dev_sets(setup.dev_sets, setup.tokenizer, few, quarantine, 1)
+    found = [clip.id for _, _, clips in dev.batches for clip in clips if clip is not None]
+    assert sorted(found) == [f"noisy-{n}" for n in range(3)]
 
 
 def test_an_empty_hypothesis_is_all_deletions(learned, monkeypatch) -> None:

@@ -4,8 +4,10 @@
 change is meant to change the losses, and say so in the commit.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,9 +82,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def make_workspace(folder: Path, cache: Path) -> Path:
-    """A corpus with one broken file, a tiny model and config.py; train in it with `train`."""
-    (folder / "corpus").mkdir(parents=True)
+def make_workspace(made: Path, name: str) -> Path:
+    """A folder with a corpus, a broken file in it, a tiny model and config.py; see `train`.
+
+    Args:
+      made: pytest's base folder of this worker. What takes time is made once in a session.
+    """
+    common = made.parent if "PYTEST_XDIST_WORKER" in os.environ else made
+    template = common / "tones"
+    if not template.exists():
+        partial = Path(tempfile.mkdtemp(dir=common))
+        write_workspace(partial, common / "xla")
+        with contextlib.suppress(OSError):  # another worker was quicker
+            partial.rename(template)
+    return Path(shutil.copytree(template, made / name))
+
+
+def write_workspace(folder: Path, cache: Path) -> None:
+    (folder / "corpus").mkdir()
     rng = np.random.default_rng(0)
     for name, clips in (("train", 64), ("dev", 12)):
         phrases = [list(rng.choice(WORDS, rng.integers(1, 6))) for _ in range(clips)]
@@ -95,12 +112,6 @@ def make_workspace(folder: Path, cache: Path) -> Path:
     config = with_merges(TINY, len(merges))
     write_tiny_model(folder / "tiny", config=config, merges=merges, conv_gains=(2.0, 2.0, 2.0))
     (folder / "config.py").write_text(f"CACHE = {str(cache)!r}\n{CONFIG}")
-    return folder
-
-
-def cache_folder(made: Path) -> Path:
-    """Where a session keeps its compiled programs, given the base folder of this worker."""
-    return (made.parent if "PYTEST_XDIST_WORKER" in os.environ else made) / "xla"
 
 
 def settings(*changes: str) -> list[str]:
@@ -117,7 +128,7 @@ def start(
       meddle: what tests/meddled.py does to it; None: nothing, the command as a user gives it.
     """
     program = ["-m", "hebasr_jax"] if meddle is None else [TESTS / "meddled.py", json.dumps(meddle)]
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
     paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *map(str, program), "train", "--config", "config.py", *words],
@@ -181,6 +192,6 @@ def same_bits(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> boo
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        space = make_workspace(Path(made) / "space", Path(made) / "xla")
+        space = make_workspace(Path(made), "golden")
         train(space)
         GOLDEN.write_text(json.dumps(losses(space / "runs" / "whole"), indent=1) + "\n")

@@ -1,8 +1,8 @@
 """Rung 13 in one command: real speech, our engine against torch, and what small models reach.
 
-Makes the sets, trains every run of `recipes.RUNS` in a process of its own, several side by side, and
-writes results.json and results.md whenever one ends. At the deadline runs stop where they are and
-count as far as they got.
+Makes the sets, trains every run of `recipes.RUNS` in a process of its own, several side by side,
+and writes results.json and results.md whenever one ends. At the deadline runs stop where they are
+and count as far as they got.
 """
 
 import argparse
