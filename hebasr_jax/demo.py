@@ -18,11 +18,12 @@ from hebasr_jax.config_file import load_config
 from hebasr_jax.demo_corpus import Kind, best_kind, learn_merges, make_corpus
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
+from hebasr_jax.model.asr import Params
 from hebasr_jax.run_config import Config, Source
 from hebasr_jax.run_folder import EXIT_RUN_AGAIN, read_json
 from hebasr_jax.tiny import with_merges, write_tiny_model
 from hebasr_jax.trained import load_trained, model_files
-from hebasr_jax.transcribe import load_recognizer, transcribe
+from hebasr_jax.transcribe import Recognizer, load_recognizer, transcribe
 from hebasr_jax.validate import score_sets
 
 SMALL = ModelConfig(
@@ -127,31 +128,40 @@ def finish(config: Config, folder: Path, files: Path, say: Say) -> None:
     """Averages the two best checkpoints, scores all three on unheard speech, exports the best."""
     table = read_json(folder / "best.json")
     saved = [step for step in table if (folder / "checkpoints" / step).exists()]
-    best = sorted(saved, key=lambda step: table[step]["wer"])[:2]
+    best = sorted(saved, key=lambda step: table[step]["wer"] or 0.0)[:2]
     checkpoints = [folder / "checkpoints" / step for step in best]
     members = {f"step {p.name}": load_trained(p) for p in checkpoints}
     mean = average(members.values(), [1 / len(members)] * len(members))
-    candidates = {"average of the two": mean, **members}
-    say(f"6. Test: speakers and word sequences that training never had; best steps {best}")
-    source = Source("test", str(files / "corpus" / "test.jsonl"))
+    candidates = {f"average of steps {' and '.join(best)}": mean, **members}
     base = load_recognizer(str(checkpoints[0]), dtype="float32")
+    say("6. The average of the two best checkpoints beside them, on the dev set")
     wer = {}
     for name, params in candidates.items():
-        recognizer = replace(base, params=jax.device_put(params))
-        (scores,) = score_sets(recognizer, [source], config).values()
-        low, high = scores["ci95"]
-        wer[name] = scores["wer"]
-        say(
-            f"   {name}: WER {100 * scores['wer']:.1f} % [{100 * low:.1f}, {100 * high:.1f}], "
-            f"CER {100 * scores['cer']:.1f} %, {scores['clips']} clips"
-        )
+        wer[name] = told(base, params, name, config.data.dev[0], config, say)
     chosen = min(wer, key=lambda name: wer[name])
+    say("7. Test: speakers and word sequences that training never had")
+    source = Source("test", str(files / "corpus" / "test.jsonl"))
+    told(base, candidates[chosen], chosen, source, config, say)
     export(candidates[chosen], base.config, model_files(checkpoints[0]), files, say)
     say(f"   report: {folder / 'report.html'}")
     say(
         f"Next: hebasr transcribe {files / 'export' / 'transformers'} YOUR_FILES, or your own data:"
     )
     say("      hebasr train --config configs/finetune.py --dry-run")
+
+
+def told(
+    base: Recognizer, params: Params, name: str, source: Source, config: Config, say: Say
+) -> float:
+    """The WER of some weights on a set, after saying it with its interval."""
+    recognizer = replace(base, params=jax.device_put(params))
+    (scores,) = score_sets(recognizer, [source], config).values()
+    low, high = scores["ci95"]
+    say(
+        f"   {name}: WER {100 * scores['wer']:.1f} % [{100 * low:.1f}, {100 * high:.1f}], "
+        f"CER {100 * scores['cer']:.1f} %, {scores['clips']} clips"
+    )
+    return scores["wer"]
 
 
 def export(params: dict, config: ModelConfig, source: Path, files: Path, say: Say) -> None:
@@ -167,7 +177,7 @@ def export(params: dict, config: ModelConfig, source: Path, files: Path, say: Sa
         write_model(params, config, source, destination, layout)
         (result,) = transcribe(load_recognizer(str(destination), dtype="float32"), [wave])
         texts.append(result.transcript.text)
-        say(f"7. {destination} transcribes {row['audio']}: {result.transcript.text}")
+        say(f"8. {destination} transcribes {row['audio']}: {result.transcript.text}")
     say(f"   it was: {row['text']}")
     if texts[0] != texts[1]:
         raise UserError("the two exports disagree", f"{texts}", "report this")

@@ -1,6 +1,7 @@
 """What a run is made of before its first step: model files, data, plan, mesh, programs, state."""
 
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +45,7 @@ class Setup:
 
     source: the model folder that training starts from; tokenizer_sha256 is of its tokenizer.
     files: a folder of the run's own with config and tokenizer files.
-    steps: optimiser steps of the whole run.
+    steps: optimiser steps of the whole run; epoch_steps: of its first epoch.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class Setup:
     feed: Feed
     dev_sets: tuple[ClipSet, ...]
     steps: int
+    epoch_steps: int
     optimizer: optax.GradientTransformation
     noise_NS: Any
 
@@ -92,8 +94,9 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
         raise UserError("there is nothing to train on", "data.train names no set")
     sets, dev_sets = open_sources(config.data.train), open_sources(config.data.dev)
     quarantine = open_quarantine([*sets, *dev_sets], config, quarantine_path)
-    feed = make_feed(sets, tokenizer, config, quarantine)
-    steps = config.train.steps or config.train.epochs * len(feed.plan(0))
+    feed = make_feed(sets, tokenizer, config, quarantine, math.lcm(8, mesh.size))
+    epoch_steps = len(feed.plan(0))
+    steps = config.train.steps or config.train.epochs * epoch_steps
     trained, _ = split_shapes(abstract_params(model), config.optim)
     noise = load_noise(config.augment.noise_path) if config.augment.noise_share else None
     return Setup(
@@ -108,6 +111,7 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
         feed=feed,
         dev_sets=tuple(dev_sets),
         steps=steps,
+        epoch_steps=epoch_steps,
         optimizer=make_optimizer(config.optim, trained, steps),
         noise_NS=None if noise is None else place_whole(noise, replicated(mesh)),
     )
@@ -195,7 +199,7 @@ def step_for(setup: Setup, bucket: Bucket) -> Step:
         raise UserError(
             f"batches of {bucket.rows} rows cannot be spread over {devices} devices",
             "each device takes the same number of rows",
-            "set data.batch_clips to a multiple of the devices, or compute.devices",
+            "set data.batch_clips (or data.batch_audio_s) to suit them, or compute.devices",
         )
     each = bucket.rows // devices
     fits = [

@@ -8,14 +8,16 @@ kind "train", every `log_steps` steps, about the steps since the line before:
   step, steps (of the whole run), epoch (passes over the data so far, 1.5 is half-way through the
   second), loss (per target token, mean of the finite ones), losses (of each step), grad_norm
   (before clipping, of the last), rates {group: learning rate},
-  audio_s_per_s (of clips, padding not counted), tflops (useful, per second and device),
+  audio_s_per_s (of rows without padding; gaps between joined clips count), tflops (useful, per
+  second and device),
   padding_audio, padding_text (shares of encoder frames and decoder positions), data_wait_share
   (of the time), skipped (steps without a finite gradient since the run began), memory_bytes (peak
   of one device).
 kind "validation", with the weights after `step` steps (0: before training):
   step, sets {name: {loss, wer, ci95 [low, high], cer, cer_ci95, hits, substitutions, deletions,
-  insertions, words, clips, empty, samples [{id, reference, hypothesis}]}}: what `metrics.score`
-  gives, the loss per target token, and texts as they are, before normalisation.
+  insertions, words, clips, empty, left_out, samples [{id, reference, hypothesis}]}}: what
+  `metrics.score` gives, the loss per target token, the clips that were not scored, and texts as
+  they are, before normalisation.
 kind "skipped", for a step without a finite gradient, which changed nothing:
   step, loss, grad_norm, epoch, batch, clips [ids]. The report marks it on the loss curve.
 Other kinds, and further keys, may be written; they are kept and not shown.
@@ -79,6 +81,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     cannot be read is named in a warning.
     """
     return [line for _, line in _lines(path)]
+
+
+def put_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Keeps the record of a run that left no checkpoint, and says that it begins anew."""
+    if not any(line["kind"] == "train" for line in read_metrics(folder / "metrics.jsonl")):
+        return
+    say(f"{folder} was trained but has no checkpoint: it begins again at step 0")
+    for name in ("metrics.jsonl", "best.json"):
+        if (folder / name).exists():
+            kept = next(
+                path for n in range(1, 1000) if not (path := folder / f"{name}.{n}").exists()
+            )
+            (folder / name).rename(kept)
+            say(f"the old record is {kept}")
 
 
 def describe(line: Line) -> str:

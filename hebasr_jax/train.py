@@ -7,7 +7,7 @@ Stopped by a signal, it saves and ends with EXIT_RUN_AGAIN; the same command goe
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from hebasr_jax.run_folder import (
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up, state_shapes
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
 from hebasr_jax.throughput import Window, Work, work_of
-from hebasr_jax.tracking import MetricsLog, read_metrics, training_display
+from hebasr_jax.tracking import MetricsLog, put_aside, read_metrics, training_display
 from hebasr_jax.train_step import StepMetrics, TrainState, cast
 from hebasr_jax.validate import DevSet, load_dev_sets, validate
 
@@ -115,6 +115,8 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
             )
         )
         trainee = start_or_resume(setup, store, say)
+        if is_first() and not trainee.step:
+            put_aside(folder, say)
         log = MetricsLog(folder / "metrics.jsonl", trainee.step or None) if is_first() else None
         run = Run(setup, folder, store, stop, log, display(stack, setup.steps), say)
         run.programs.update(compile_programs(setup, trainee.state, say))
@@ -161,6 +163,9 @@ def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_cha
         plan_table(feed.table, plan, data)
         | {"left_out": feed.left_out, "duration_histogram": durations(setup)},
     )
+    for name, reasons in feed.left_out.items():
+        for reason, count in reasons.items():
+            say(f"{name}: {count} clips left out: {reason}")
     if len(feed.quarantine):
         say(f"{len(feed.quarantine)} clips cannot be used; see {folder / 'quarantine.jsonl'}")
 
@@ -207,6 +212,7 @@ def go_on(run: Run, trainee: Trainee) -> int:
     """Steps until the last one or a signal; saves and validates where they are due."""
     setup, config = run.setup, run.setup.config
     place = rows(setup.mesh)
+    trainee.window.began_s = time.perf_counter()
 
     def put(host: Batch) -> Placed:
         return Placed(jax.tree.map(lambda x: place_rows(x, place), host), host)
@@ -223,14 +229,26 @@ def go_on(run: Run, trainee: Trainee) -> int:
         while True:
             ended = trainee.step >= setup.steps
             stopping = any_host(run.stop.requested)
-            if ended or stopping or trainee.step % config.train.checkpoint_steps == 0:
+            due = trainee.step % config.train.checkpoint_steps == 0
+            if ended or stopping or due or validation_due(run, trainee):
                 save(run, trainee)
             if stopping or not validate_if_due(run, trainee):
                 run.store.wait()
                 return EXIT_RUN_AGAIN
             if ended:
                 return 0
-            one_step(run, trainee, next(items))
+            one_step(run, trainee, next_item(run, trainee, items))
+
+
+def next_item(run: Run, trainee: Trainee, items: Iterator[Item]) -> Item:
+    """The next batch; where the data ends the run, what was trained until then is saved."""
+    try:
+        return next(items)
+    except UserError:
+        if jax.process_count() == 1:  # with several hosts the others would not join in
+            save(run, trainee)
+            run.store.wait()
+        raise
 
 
 def one_step(run: Run, trainee: Trainee, item: Item) -> None:
@@ -264,13 +282,13 @@ def tell_pending(run: Run, trainee: Trainee, *, now: bool = False) -> None:
         window.skipped += 1
         tell_skipped(run, trainee, item)
     if now or trainee.step % setup.config.train.log_steps == 0:
-        plan_steps = max(setup.steps / setup.config.train.epochs, 1)
+        done = trainee.step - 1 - window.skipped  # a skipped step does not move the schedule
         rates = {
             name: getattr(setup.config.optim, name).learning_rate
-            * float(schedule(trainee.step - 1, setup.steps, setup.config.optim))
+            * float(schedule(done, setup.steps, setup.config.optim))
             for name in dict.fromkeys(group for _, group in GROUPS)
         }
-        line = window.line(trainee.step, setup.steps, trainee.step / plan_steps, rates)
+        line = window.line(trainee.step, setup.steps, trainee.step / setup.epoch_steps, rates)
         tell(run, line)
     else:
         run.show({"step": trainee.step})
@@ -319,14 +337,19 @@ def save(run: Run, trainee: Trainee) -> None:
         trainee.window.paused_s += time.perf_counter() - began
 
 
+def validation_due(run: Run, trainee: Trainee) -> bool:
+    """At step 0, every so many steps, and at the end."""
+    every, step = run.setup.config.validation.every_steps, trainee.step
+    return bool(run.dev_sets) and (step % every == 0 or step >= run.setup.steps)
+
+
 def validate_if_due(run: Run, trainee: Trainee) -> bool:
-    """Validates at step 0, every so many steps, and at the end; False when a signal came."""
+    """Validates where it is due and was not done before a resume; False when a signal came."""
     config, setup, step = run.setup.config, run.setup, trainee.step
-    every = config.validation.every_steps
-    if not run.dev_sets or (step % every and step < setup.steps) or validated(run, step):
+    if not validation_due(run, trainee) or validated(run, step):
         return True
-    began = time.perf_counter()
     tell_pending(run, trainee, now=True)
+    began = time.perf_counter()
     scores = validate(
         whole_weights(setup, trainee.state),
         run.dev_sets,

@@ -26,6 +26,7 @@ from hebasr_jax.data.plan import Bucket
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import place_whole, to_host
+from hebasr_jax.features import HOP
 from hebasr_jax.generate import generate
 from hebasr_jax.loss import next_token_loss
 from hebasr_jax.metrics import score
@@ -35,7 +36,7 @@ from hebasr_jax.run_config import Augment, Config, Source
 from hebasr_jax.sharding import make_mesh, rows
 from hebasr_jax.text import PromptStyle, TextTokenizer, parse_output
 from hebasr_jax.train_step import prepare_inputs
-from hebasr_jax.transcribe import Recognizer, token_budget
+from hebasr_jax.transcribe import MAX_CLIP_S, Recognizer, token_budget
 
 _SHAPES = 4  # at most, of each dev set: each is a program of its own
 
@@ -45,7 +46,7 @@ class DevSet:
     """A dev set ready to be scored.
 
     batches: shape, arrays on the host, and the clip of each row; None fills the batch.
-    left_out: clips that the config's limits exclude, by reason.
+    left_out: clips that no model can take, by reason; scores tell how many.
     """
 
     name: str
@@ -100,6 +101,11 @@ def load_dev_sets(
             batch_audio_s=config.validation.batch_audio_s,
             buckets=min(config.data.buckets, _SHAPES),
             join_share=0.0,
+            max_repeats=1.0,
+            # What is too long to train on is no less to be recognised.
+            min_clip_s=HOP / SAMPLE_RATE,
+            max_clip_s=MAX_CLIP_S,
+            max_text_tokens=config.data.max_text_tokens * 8,
         ),
     )
     found = []
@@ -180,6 +186,7 @@ def validate(
         texts.sort(key=lambda pair: pair[0].id)
         scores[dev.name] = {
             "loss": loss / max(count, 1),
+            "left_out": sum(dev.left_out.values()),
             **score(
                 [clip.text for clip, _ in texts],
                 [text for _, text in texts],

@@ -4,7 +4,6 @@
 change is meant to change the losses, and say so in the commit.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -93,8 +92,10 @@ def make_workspace(made: Path, name: str) -> Path:
     if not template.exists():
         partial = Path(tempfile.mkdtemp(dir=common))
         write_workspace(partial, common / "xla")
-        with contextlib.suppress(OSError):  # another worker was quicker
+        try:
             partial.rename(template)
+        except OSError:  # another worker was quicker
+            shutil.rmtree(partial)
     return Path(shutil.copytree(template, made / name))
 
 

@@ -26,6 +26,7 @@ from hebasr_jax.timestamps import Segment
 
 _ATTEMPTS = 16  # rows tried for one place in a batch
 _ON_DEVICE = 2  # batches placed ahead of the step
+_PLANS = 2  # kept at a time: those of a million clips are large
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,31 +183,37 @@ def _items(elements: Iterator[tuple[Any, ...]]) -> Iterator[Item]:
 class _Positions:
     """The batches of a run in order, as (plan, number); () behind the last.
 
-    A plan is made when its first batch is asked for, and dropped when the next but one is made.
+    Threads ask out of order, so that a dropped plan may be asked for again; it is then remade.
     """
 
     def __init__(self, feed: Feed, epoch: int, batch: int, epochs: int) -> None:
         self._feed, self._epochs = feed, epochs
         self._lock = threading.Lock()
-        self._plans = [(-batch, feed.plan(epoch))] if epoch < epochs else []
+        self._starts = [(-batch, epoch)]
+        self._plans: dict[int, EpochPlan] = {}
 
     def __len__(self) -> int:
         return 1 << 40  # how many there are is only known when all plans are made
 
     def __getitem__(self, index: int) -> tuple[EpochPlan, int] | tuple[()]:
         with self._lock:
-            while self._plans:
-                start, plan = self._plans[-1]
+            start, epoch = next(at for at in reversed(self._starts) if at[0] <= index)
+            while epoch < self._epochs:
+                plan = self._plan(epoch)
                 if index < start + len(plan):
-                    break
-                if plan.epoch + 1 >= self._epochs:
-                    return ()
-                following = (start + len(plan), self._feed.plan(plan.epoch + 1))
-                self._plans = [*self._plans[-1:], following]
-            for start, plan in self._plans:
-                if start <= index < start + len(plan):
                     return plan, index - start
+                start, epoch = start + len(plan), epoch + 1
+                if start > self._starts[-1][0]:
+                    self._starts.append((start, epoch))
         return ()
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        """An epoch's plan; the last few are kept."""
+        if epoch not in self._plans:
+            self._plans[epoch] = self._feed.plan(epoch)
+            if len(self._plans) > _PLANS:
+                del self._plans[next(iter(self._plans))]
+        return self._plans[epoch]
 
 
 def _load_row(feed: Feed, plan: EpochPlan, number: int, wanted: Row) -> _Loaded:

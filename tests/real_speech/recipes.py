@@ -67,7 +67,8 @@ class Run:
 
 def _optim(rate: float, **changes) -> Optim:
     groups = ("conv_stem", "encoder", "projector", "embedding", "decoder")
-    return replace(Optim(warmup_steps=100), **{name: Group(rate) for name in groups}, **changes)
+    rates = {name: Group(rate) for name in groups}
+    return replace(Optim(warmup_steps=100), **(rates | changes))
 
 
 # The same AdamW in both engines, no augmentation: the losses can be compared step by step.
@@ -81,7 +82,7 @@ _PLAIN = Recipe(
     steps=1200,
     validate_steps=400,
     buckets=2,
-    optim=_optim(2e-3),
+    optim=_optim(1e-3, epsilon=1e-6, clip_norm=0.5, warmup_steps=200),
     augment=Augment(),
 )
 # As well as a small model can in some minutes: Muon, augmentation, all the Hebrew there is.
