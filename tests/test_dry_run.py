@@ -211,7 +211,7 @@ def test_sharing_and_settings_change_the_parts_they_should() -> None:
     assert one.weights == 8 * eight.weights == 2 * one.copy == 8 * layer.weights
     assert one.moments == 8 * eight.moments
     assert (eight.copy, layer.copy) == (one.copy, one.copy // 8)
-    assert one.gradients > eight.gradients > layer.gradients
+    assert one.gradients == eight.gradients > layer.gradients
     tiled = memory_estimate(LARGE, run(loss_rows=60), rates, shape)
     assert 4 * tiled.logits == one.logits
 
