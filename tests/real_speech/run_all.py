@@ -31,7 +31,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="has the folders of ../shared/data"
     )
     parser.add_argument("--out", type=Path, required=True, help="results.json, results.md, logs")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/rung13-work"), help="new folder")
+    parser.add_argument("--work", type=Path, default=Path("rung13-work"), help="new folder")
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--jobs", type=int, default=11, help="runs side by side")
     parser.add_argument("--shrink", type=float, default=1.0, help="divide all steps: a quick look")
