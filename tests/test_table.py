@@ -1,11 +1,14 @@
 """The plan's table: tokens counted to hold whatever is drawn, unusable clips left out and told."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_pipeline import clip, clip_set, tokenizer
 
 from hebasr_jax.data.clips import Clip
+from hebasr_jax.data.pipeline import Feed, _Positions
+from hebasr_jax.data.plan import EpochPlan
 from hebasr_jax.data.table import count_tokens, make_table
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Data, Text
@@ -62,3 +65,22 @@ def test_counted_tokens_hold_whatever_is_drawn(one, two, stamps, context, in_pro
             assert length <= planned
             if not stamps and in_prompt and one.strip():
                 assert length == planned
+
+
+def test_a_late_thread_finds_the_plan_of_an_epoch_long_past() -> None:
+    """Epochs of one batch: threads ask for several epochs at once, and out of order."""
+
+    class OneBatchEpochs(Feed):
+        def __init__(self) -> None:
+            """Nothing is read."""
+
+        def plan(self, epoch: int) -> EpochPlan:
+            plan = object.__new__(EpochPlan)
+            object.__setattr__(plan, "epoch", epoch)
+            object.__setattr__(plan, "bucket_N", np.zeros(1))
+            return plan
+
+    positions = _Positions(OneBatchEpochs(), epoch=0, batch=0, epochs=10)
+    found = [positions[index] for index in (8, 5, 0, 9, 3)]
+    assert [(at[0].epoch, at[1]) for at in found if at] == [(8, 0), (5, 0), (0, 0), (9, 0), (3, 0)]
+    assert positions[10] == ()
