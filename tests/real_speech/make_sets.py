@@ -1,7 +1,7 @@
 """The three sets of real speech as manifests with 16 kHz WAV files, from ../shared/data.
 
 fsdd: strings of 2 to 6 digits of one speaker (in training also single ones, which are easier to
-begin with), each recording once in every pass over them.
+begin with), each recording once in every pass over them, with a segment for each digit.
 chant: clips with a segment for each word; for training also `pieces`, runs of 1 to 4 words of
 the same clips, since a small model finds no alignment in 75 minutes of whole clips.
 words: clips as they are.
@@ -76,7 +76,10 @@ def _digit_strings(
             for string in _strings([mine[n] for n in rng.permutation(len(mine))], shortest, rng):
                 row = {"id": f"{split}-{len(rows):05d}", "speaker": speaker, "language": "English"}
                 row["text"] = " ".join(digit["text"] for digit in string)
-                rows.append(row | _save(_joined(string, rng), folder, row["id"]))
+                wave, starts_s = _joined(string, rng)
+                row |= _save(wave, folder, row["id"])
+                row["segments"] = _segments(row["text"], [*starts_s, row["duration_s"]])
+                rows.append(row)
     return rows
 
 
@@ -91,12 +94,13 @@ def _strings(
         digits = digits[count:]
 
 
-def _joined(string: Sequence[Row], rng: np.random.Generator) -> np.ndarray:
-    """The digits with 50 to 250 ms of silence around each."""
-    pieces = [_silence(rng)]
+def _joined(string: Sequence[Row], rng: np.random.Generator) -> tuple[np.ndarray, list[float]]:
+    """The digits with 50 to 250 ms of silence around each, and where each begins."""
+    pieces, starts_s = [_silence(rng)], []
     for digit in string:
+        starts_s.append(sum(map(len, pieces)) / RATE)
         pieces += [digit["wave"], _silence(rng)]
-    return np.concatenate(pieces)
+    return np.concatenate(pieces), starts_s
 
 
 def _silence(rng: np.random.Generator) -> np.ndarray:
@@ -109,13 +113,16 @@ def _clip_row(clip: Row, folder: Path) -> Row:
     row["text"] = clip.get("text_spoken", clip["text"])
     row |= _save(clip["wave"], folder, clip["id"])
     if "word_starts" in clip:
-        times_s = [*clip["word_starts"], row["duration_s"]]
-        words = row["text"].split()
-        row["segments"] = [
-            {"start_s": start_s, "end_s": end_s, "text": word}
-            for word, (start_s, end_s) in zip(words, pairwise(times_s), strict=True)
-        ]
+        row["segments"] = _segments(row["text"], [*clip["word_starts"], row["duration_s"]])
     return row
+
+
+def _segments(text: str, times_s: Sequence[float]) -> list[Row]:
+    """One segment a word, each up to the next word's start; the last time is the clip's end."""
+    return [
+        {"start_s": start_s, "end_s": end_s, "text": word}
+        for word, (start_s, end_s) in zip(text.split(), pairwise(times_s), strict=True)
+    ]
 
 
 def _cut(row: Row, rng: np.random.Generator) -> Iterator[Row]:

@@ -19,10 +19,20 @@ from recipes import RUNS, Run
 
 _HERE = Path(__file__).parent
 _LAST_S = 45.0  # for runs to save and decode after they were told to stop
-# Processes that share a GPU take memory as they need it. torch stays on the CPU: its encoder waits
-# for the device a hundred times a step, which takes long where processes take turns on a GPU.
-_GPU = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TOKENIZERS_PARALLELISM": "false"}
-_CPU = {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+# Processes that share a GPU take memory as they need it, and do not time kernels on a device that
+# others use: for models so small that takes minutes. torch stays on the CPU: its encoder waits for
+# the device a hundred times a step, which takes long where processes take turns on a GPU.
+_GPU = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_FLAGS": "--xla_gpu_autotune_level=0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_CPU = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_PLATFORMS": "cpu",
+    "OMP_NUM_THREADS": "2",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 def main() -> None:

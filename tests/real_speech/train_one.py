@@ -17,7 +17,7 @@ from hebasr_jax.text import PromptStyle
 from hebasr_jax.train import train
 from hebasr_jax.transcribe import load_recognizer, transcribe
 
-_DECODE_S = 60.0  # for transcripts with time stamps
+_DECODE_S = 200.0  # for transcripts with time stamps, whose programs are compiled first
 
 
 def main() -> None:
