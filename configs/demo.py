@@ -8,6 +8,7 @@ from hebasr_jax.run_config import (
     Model,
     Optim,
     Source,
+    Stage,
     Train,
     Validation,
 )
@@ -27,16 +28,9 @@ def get_config() -> Config:
             threads=2,
         ),
         compute=Computation(dtype="float32", remat="none", cache_dir="runs/demo-files/cache"),
-        optim=Optim(
-            every,
-            every,
-            every,
-            every,
-            every,
-            matrices="muon",
-            weight_decay=0.2,
-            warmup_steps=60,
-            final_rate=0.02,
+        optim=Optim(matrices="muon", weight_decay=0.2, warmup_steps=60, final_rate=0.02),
+        stages=(
+            Stage(conv_stem=every, encoder=every, projector=every, embedding=every, decoder=every),
         ),
         train=Train(steps=1000, checkpoint_steps=100, log_steps=20, keep_last=2, keep_best=2),
         validation=Validation(every_steps=200, batch_audio_s=96.0),

@@ -11,6 +11,7 @@ from hebasr_jax.run_config import (
     Model,
     Optim,
     Source,
+    Stage,
     Train,
     Validation,
 )
@@ -30,14 +31,17 @@ def get_config() -> Config:
             threads=16,
         ),
         augment=Augment(speed_factors=(0.9, 1.0, 1.1), time_masks=2, mel_masks=2),
-        optim=Optim(
-            conv_stem=Group(0.0),
-            encoder=Group(1e-5, layer_decay=0.95),
-            projector=Group(1e-4),
-            embedding=Group(1e-5),
-            decoder=Group(2e-5, layer_decay=0.95),
-            warmup_steps=500,
+        optim=Optim(warmup_steps=500),
+        stages=(
+            Stage(
+                epochs=3,
+                conv_stem=Group(0.0),
+                encoder=Group(1e-5, layer_decay=0.95),
+                projector=Group(1e-4),
+                embedding=Group(1e-5),
+                decoder=Group(2e-5, layer_decay=0.95),
+            ),
         ),
-        train=Train(epochs=3, checkpoint_steps=500),
+        train=Train(checkpoint_steps=500),
         validation=Validation(every_steps=500),
     )

@@ -139,14 +139,15 @@ class CheckpointStore:
         if any_host(failure is not None):
             raise failure or UserError("a checkpoint could not be saved by another host")
 
-    def restore(self, like: Any) -> Restored | None:
+    def restore(self, shapes: Callable[[Mapping[str, Any]], Any]) -> Restored | None:
         """The newest whole checkpoint; None when the run never finished one.
 
         Sizes and hashes are checked first. A damaged checkpoint is told, set aside, and the one
         before it is tried.
 
         Args:
-          like: pytree of `jax.ShapeDtypeStruct` with the shardings to load onto.
+          shapes: from a checkpoint's facts to a pytree of `jax.ShapeDtypeStruct` with the shardings
+            to load onto: what is trained, and so has moments, differs between stages.
 
         Raises:
           UserError: all are damaged, or it is the checkpoint of another model.
@@ -161,7 +162,10 @@ class CheckpointStore:
                 "they are damaged, and kept for study as *.damaged",
                 "copy a whole one back, or set another name to train from the start",
             )
-        return None if step == _NONE else Restored(step, *load(self.path(step), like))
+        if step == _NONE:
+            return None
+        facts = read_json(self.path(step) / _FACTS)
+        return Restored(step, *load(self.path(step), shapes(facts)))
 
     def record(self, step: int, loss: float | None = None, wer: float | None = None) -> None:
         """Writes a step's validation into best.json, before or after the step is saved."""

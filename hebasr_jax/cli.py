@@ -193,6 +193,8 @@ class Train:
     """change one value, such as train.steps=10; may be given again"""
     dry_run: bool = False
     """print the settings, learning rates, plan and memory, and train nothing"""
+    ablate: bool = False
+    """train it without each item of the recipe in turn, and compare: one table"""
     accept_changes: bool = False
     """go on with a run although its settings, data or tokenizer changed"""
     coordinator: str | None = None
@@ -215,10 +217,12 @@ class Train:
         from hebasr_jax.train import train
 
         start(self.coordinator, self.processes, self.process)
+        say = _say if is_first() else _keep_quiet
+        if self.ablate:
+            from hebasr_jax.ablate import ablate
 
-        return train(
-            loaded, _say if is_first() else _keep_quiet, accept_changes=self.accept_changes
-        )
+            return ablate(loaded, say)
+        return train(loaded, say, accept_changes=self.accept_changes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Config files: loading, `--set`, where each value came from, and the way to JSON and back.
 
 Inside this module a config is a flat dict from path to value, such as
-`{"optim.decoder.learning_rate": 2e-5, "data.train.0.name": "fleurs"}`: overriding, comparing and
+`{"stages.0.decoder.learning_rate": 2e-5, "data.train.0.name": "fleurs"}`: overriding, comparing and
 writing are then plain dict operations, and one function builds the dataclasses, checking types.
 """
 
@@ -32,6 +32,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("text.*_share", 0, 1),
     ("data.train.*.share", 0, 1),
     ("data.dev.*.share", 0, 1),
+    ("data.test.*.share", 0, 1),
     ("data.min_clip_s", 0, 1200),
     ("data.max_clip_s", 0.1, 1200),
     ("data.max_text_tokens", 1, math.inf),
@@ -53,9 +54,12 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("augment.*_db", -100, 100),
     ("augment.band_hz", 1, 8000),
     ("compute.*", 1, math.inf),
-    ("optim.*.learning_rate", 0, 1),
-    ("optim.*.trained_layers", 1, math.inf),
-    ("optim.*.layer_decay", 0.01, 1),
+    ("stages.*.learning_rate", 0, 1),
+    ("stages.*.trained_layers", 1, math.inf),
+    ("stages.*.layer_decay", 0.01, 1),
+    ("stages.*.share", 0, 1),
+    ("stages.*.epochs", 1, math.inf),
+    ("stages.*.steps", 1, math.inf),
     ("optim.beta?", 0, 0.999999),
     ("optim.epsilon", 1e-30, 1),
     ("optim.weight_decay", 0, 10),
@@ -64,13 +68,13 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("optim.final_rate", 0, 1),
     ("train.keep_best", 0, math.inf),
     ("train.keep_last", 1, math.inf),
-    ("train.epochs", 1, math.inf),
     ("train.*steps", 1, math.inf),
     ("validation.every_steps", 0, math.inf),
     ("validation.max_clips", 1, math.inf),
     ("validation.batch_audio_s", 1, math.inf),
     ("validation.samples", 0, math.inf),
     ("validation.bootstrap", 1, math.inf),
+    ("average.best", 1, math.inf),
 )
 
 
@@ -328,10 +332,25 @@ def _check_sense(config: Config) -> None:
             raise UserError(f"{at} = {low}, {high}: the lower value comes first")
     if not augment.speed_factors:
         raise UserError("augment.speed_factors is empty", "", "give 1.0 for no change of speed")
-    for at, sources in {"data.train": data.train, "data.dev": data.dev}.items():
-        names = [source.name for source in sources]
-        if len(set(names)) < len(names):
-            raise UserError(f"{at}: two sets have one name", f"names are {', '.join(names)}")
+    names = {
+        "data.train": [source.name for source in data.train],
+        "data.dev": [source.name for source in data.dev],
+        "data.test": [source.name for source in data.test],
+        "stages": [stage.name for stage in config.stages],
+    }
+    for at, named in names.items():
+        if len(set(named)) < len(named):
+            raise UserError(f"{at}: two have one name", f"names are {', '.join(named)}")
+    if not config.stages:
+        raise UserError("stages is empty", "a run has at least one", "give Stage()")
+    for stage in config.stages:
+        sets = [part.set for part in stage.mix]
+        if len(set(sets)) < len(sets) or not set(sets) <= set(names["data.train"]):
+            raise UserError(
+                f"stage {stage.name}: its mix is of {', '.join(sets)}",
+                f"data.train has {', '.join(names['data.train']) or 'no set'}",
+                "name each set once",
+            )
     if not re.fullmatch(r"[^\W.][^/\\\0]*", config.name):
         raise UserError(f"name = {config.name!r} cannot name a run folder", "", "name = round2")
 

@@ -8,7 +8,8 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,16 @@ import jax
 
 from hebasr_jax.config_file import DEFAULT, LoadedConfig, flatten
 from hebasr_jax.data.plan import plan_table
+from hebasr_jax.data.sources import is_there
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import abstract_params
-from hebasr_jax.optim import RateRow, rate_table
-from hebasr_jax.run_setup import Setup, compile_steps, set_up, state_shapes, step_for
+from hebasr_jax.optim import check_groups, measured_rates, rate_table
+from hebasr_jax.rate_tables import layer_rows, rate_rows
+from hebasr_jax.run_config import Config, Source
+from hebasr_jax.run_setup import Setup, compile_steps, set_up, step_for
+from hebasr_jax.stages import Part, checked_rates
 from hebasr_jax.step_memory import Memory, Shape, compiled_bytes, memory_estimate
+from hebasr_jax.transcribe import open_model
 
 Row = dict[str, Any]
 
@@ -30,58 +36,110 @@ _GIB = 2**30
 def dry_run(loaded: LoadedConfig) -> None:
     """Prints all that a run would do and need, and trains nothing.
 
-    The data is opened and planned as a run would; what it finds goes to a temporary folder. Where
-    a GPU is at hand every bucket is compiled, and the estimate's error is shown.
+    The data is opened and planned as a run would; what it finds goes to a temporary folder. Sets
+    that are not here are named, and the rest is planned. Where a GPU is at hand every bucket is
+    compiled, and the estimate's error is shown.
     """
-    config = loaded.config
+    show("Config (* is not the default)", config_rows(loaded))
+    config, absent = what_is_here(loaded.config)
+    if absent:
+        show("Sets that are not here; what follows is without them", absent)
+    if not config.data.train:
+        _show_rates_alone(config)
+        return
     with tempfile.TemporaryDirectory(prefix="hebasr-dry-run-") as folder:
         setup = set_up(config, Path(folder) / "model", Path(folder) / "quarantine.jsonl")
-        show("Config (* is not the default)", config_rows(loaded))
-        rates = rate_table(abstract_params(setup.model), config.optim)
-        show("Learning rates", rate_rows(rates))
-        show("Learning rates by layer", layer_rows(rates))
-        plan = plan_table(setup.feed.table, setup.feed.plan(0), config.data)
-        show("Plan of the first epoch, by bucket; the last row sums up", plan["buckets"])
-        show("Plan of the first epoch, by set", plan["sets"])
+        hours = [_show_stage(setup, part) for part in setup.parts]
         left_out = [
             {"set": name, "reason": reason, "clips left out": count}
-            for name, reasons in setup.feed.left_out.items()
+            for name, reasons in setup.left_out.items()
             for reason, count in reasons.items()
         ]
         if left_out:
             show("Clips that the limits of `data` exclude", left_out)
-        show("Memory of a step on each device, GiB", _memory(setup, rates))
+        show("Memory of a step on each device, GiB", _memory(setup))
+    speed = expected_time(Path(config.runs_dir), 3600 * sum(hours))
+    print(f"{setup.steps} steps, {sum(hours):,.1f} hours of audio; time: {speed}")
+
+
+def what_is_here(config: Config) -> tuple[Config, list[Row]]:
+    """The config without the sets that are not on this machine, and a row for each of those."""
+    data = config.data
+    kept: dict[str, tuple[Source, ...]] = {}
+    absent: list[Row] = []
+    for part in ("train", "dev", "test"):
+        sources: tuple[Source, ...] = getattr(data, part)
+        kept[part] = tuple(source for source in sources if is_there(source))
+        absent += [
+            {"set": s.name, "for": part, "path": s.path, "from the hub": s.hub or ""}
+            for s in sources
+            if s not in kept[part]
+        ]
+    here = {source.name for source in kept["train"]}
+    stages = tuple(
+        replace(stage, mix=tuple(part for part in stage.mix if part.set in here))
+        for stage in config.stages
+    )
+    return replace(config, data=replace(data, **kept), stages=stages), absent
+
+
+def _show_rates_alone(config: Config) -> None:
+    """Rates of each stage, where there is a model but no data to plan with."""
+    try:
+        model = open_model(config.model.path, revision=config.model.revision)[1]
+    except UserError as error:
+        print(f"No model here either, so no rates: {error}")
+        return
+    shapes = abstract_params(model)
+    for stage in config.stages:
+        check_groups(shapes, stage)
+        rates = rate_table(shapes, stage)
+        measured = measured_rates(shapes, config.optim, stage)
+        show(f"Learning rates, stage {stage.name}", rate_rows(rates, measured))
+        show(f"Learning rates by layer, stage {stage.name}", layer_rows(rates))
+    print("No set of data.train is here: no plan, no memory, no time.")
+
+
+def _show_stage(setup: Setup, part: Part) -> float:
+    """Prints a stage's rates, measured too, and the plan of its first epoch; its hours of audio."""
+    of = f", stage {part.stage.name}" if len(setup.parts) > 1 else ""
+    rates = rate_table(setup.shapes, part.stage)
+    measured = checked_rates(part, setup.shapes, setup.config)
+    show(f"Learning rates{of}", rate_rows(rates, measured))
+    show(f"Learning rates by layer{of}", layer_rows(rates))
+    plan = plan_table(part.feed.table, part.feed.plan(0), setup.config.data)
+    show(f"Plan of the first epoch, by bucket; the last row sums up{of}", plan["buckets"])
+    show(f"Plan of the first epoch, by set{of}", plan["sets"])
     whole = plan["buckets"][-1]
-    audio_s = 3600 * whole["hours"] * setup.steps / whole["steps"]
-    speed = expected_time(Path(config.runs_dir), audio_s)
-    print(f"{setup.steps} steps, {audio_s / 3600:,.1f} hours of audio; time: {speed}")
+    return whole["hours"] * (part.last - part.first) / whole["steps"]
 
 
-def _memory(setup: Setup, rates: Sequence[RateRow]) -> list[Row]:
-    """Each bucket's estimate; on a GPU also the compiler's figure."""
-    estimates: dict[Shape, Memory] = {}
-    compiled: dict[Shape, int] = {}
-
-    def shape_of(bucket: Any) -> Shape:
-        rows = bucket.rows // setup.mesh.size // step_for(setup, bucket).micro_batches
-        return Shape(rows, bucket.audio_s, bucket.text_tokens)
-
-    for bucket in setup.feed.buckets:
-        shape = shape_of(bucket)
-        estimates[shape] = memory_estimate(
-            setup.model,
-            setup.config,
-            rates,
-            shape,
-            devices=setup.mesh.size,
-            kernel=setup.compute.kernel,
-            accumulated=step_for(setup, bucket).micro_batches > 1,
-        )
+def _memory(setup: Setup) -> list[Row]:
+    """Each bucket's estimate, stage by stage; on a GPU also the compiler's figure."""
+    compiled: dict[Any, int] = {}
     if jax.default_backend() == "gpu":
-        programs = compile_steps(setup, state_shapes(setup), lambda bucket, program: None)
-        for bucket, program in programs.items():
-            compiled[shape_of(bucket)] = compiled_bytes(program.memory_analysis())
-    return memory_rows(estimates, compiled or None)
+        programs = compile_steps(setup, setup.parts, lambda part, bucket, program: None)
+        compiled = {key: compiled_bytes(p.memory_analysis()) for key, p in programs.items()}
+    rows = []
+    for part in setup.parts:
+        rates = rate_table(setup.shapes, part.stage)
+        for bucket in part.feed.buckets:
+            step = step_for(setup, part, bucket)
+            on_device = bucket.rows // setup.mesh.size // step.micro_batches
+            shape = Shape(on_device, bucket.audio_s, bucket.text_tokens)
+            memory = memory_estimate(
+                setup.model,
+                setup.config,
+                part.stage,
+                rates,
+                shape,
+                devices=setup.mesh.size,
+                kernel=setup.compute.kernel,
+                accumulated=step.micro_batches > 1,
+            )
+            stage = {"stage": part.stage.name} if len(setup.parts) > 1 else {}
+            rows.append(stage | memory_row(shape, memory, compiled.get((part.stage.name, bucket))))
+    return rows
 
 
 def config_rows(loaded: LoadedConfig) -> list[Row]:
@@ -98,60 +156,27 @@ def config_rows(loaded: LoadedConfig) -> list[Row]:
     ]
 
 
-def rate_rows(rates: Sequence[RateRow]) -> list[Row]:
-    """The groups of `optim.rate_table`."""
-    return [
-        {
-            "group": row.group,
-            "tensors": row.tensors,
-            "parameters": row.parameters,
-            "trained": row.trained_parameters,
-            "peak rate": f"{row.peak_rate:.3g}" if row.trained_parameters else "frozen",
-        }
-        for row in rates
-    ]
-
-
-def layer_rows(rates: Sequence[RateRow]) -> list[Row]:
-    """Peak rate of each layer of each stack; neighbours of one rate share a row."""
-    rows: list[Row] = []
-    for group in rates:
-        for layer, rate in enumerate(group.layer_rates):
-            told = f"{rate:.3g}" if rate else "frozen"
-            last = rows[-1] if rows and layer else {}
-            if last.get("peak rate") == told:
-                last["layers"] = f"{last['layers'].split('-')[0]}-{layer}"
-            else:
-                rows.append({"stack": group.group, "layers": str(layer), "peak rate": told})
-    return rows
-
-
-def memory_rows(
-    estimates: Mapping[Shape, Memory], compiled: Mapping[Shape, int] | None = None
-) -> list[Row]:
-    """GiB for each bucket by part; "kept" waits for the backward pass, from stem to last norm.
+def memory_row(shape: Shape, memory: Memory, compiled: int | None = None) -> Row:
+    """GiB of a bucket by part; "kept" waits for the backward pass, from stem to last norm.
 
     Args:
-      compiled: the compiler's figure for each bucket's step, by `compiled_bytes`.
+      compiled: the compiler's figure for the bucket's step, by `compiled_bytes`.
     """
-    rows = []
-    for shape, memory in estimates.items():
-        row: Row = {"bucket": f"{shape.rows} x {shape.audio_s} s + {shape.text_tokens} tokens"}
-        parts = {
-            "state": memory.weights + memory.moments,
-            "copy": memory.copy,
-            "gradients": memory.gradients,
-            "kept": memory.stem + memory.encoder + memory.decoder + memory.ends,
-            "layer": memory.layer,
-            "logits": memory.logits,
-            "GiB": memory.total,
-        }
-        row |= {part: f"{size / _GIB:.2f}" for part, size in parts.items()}
-        if compiled is not None:
-            row["compiler"] = f"{compiled[shape] / _GIB:.2f}"
-            row["error"] = f"{100 * (memory.total / compiled[shape] - 1):+.0f} %"
-        rows.append(row)
-    return rows
+    row: Row = {"bucket": f"{shape.rows} x {shape.audio_s} s + {shape.text_tokens} tokens"}
+    parts = {
+        "state": memory.weights + memory.moments,
+        "copy": memory.copy,
+        "gradients": memory.gradients,
+        "kept": memory.stem + memory.encoder + memory.decoder + memory.ends,
+        "layer": memory.layer,
+        "logits": memory.logits,
+        "GiB": memory.total,
+    }
+    row |= {part: f"{size / _GIB:.2f}" for part, size in parts.items()}
+    if compiled is not None:
+        row["compiler"] = f"{compiled / _GIB:.2f}"
+        row["error"] = f"{100 * (memory.total / compiled - 1):+.0f} %"
+    return row
 
 
 def expected_time(runs_dir: Path, audio_s: float) -> str:

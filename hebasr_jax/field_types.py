@@ -1,7 +1,7 @@
 """Values and the annotated types of config fields: checking, reading from text, naming in words.
 
 Types are those of `run_config`: int, float, str, bool, Literal of strings, an optional one of
-these, and tuples of numbers.
+these, and tuples of numbers or of Literals.
 """
 
 import dataclasses
@@ -68,6 +68,8 @@ def words(hint: Any) -> str:
         return " or ".join(map(words, kinds))
     if dataclass := element(hint):
         return f"a tuple of {dataclass.__name__}(...)"
+    if kind is tuple and (names := typing.get_args(kinds[0])):
+        return f"a tuple of {' and '.join(names)}"
     if kind is tuple:
         some = kinds[-1] is Ellipsis
         count = "numbers" if some else f"{len(kinds)} numbers"

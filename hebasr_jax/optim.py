@@ -1,20 +1,23 @@
 """Which parameters are trained, at what rate: one group table, one schedule, one optimiser.
 
 A stack of layers may be cut: its lower layers are frozen (no gradient, no moments), its upper
-ones trained. `split` makes the two trees, `join` undoes it.
+ones trained. `split` makes the two trees, `join` undoes it; the next stage may cut elsewhere, and
+`carry_over` takes the optimiser's state along. Every tensor, and every layer of a stack, counts
+its own updates (its age), so that one that joins later has its own warm-up and bias correction.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
 from hebasr_jax.errors import UserError
 from hebasr_jax.paths import Tree, flat, is_stacked, look_up, nested
-from hebasr_jax.run_config import Group, Optim
+from hebasr_jax.run_config import Group, Optim, Stage
 
 GROUPS: tuple[tuple[str, str], ...] = (
     (r"encoder/conv.*", "conv_stem"),
@@ -23,11 +26,12 @@ GROUPS: tuple[tuple[str, str], ...] = (
     (r"decoder/embed/embedding", "embedding"),  # also the output head: the two are tied
     (r"decoder/layers/.*|decoder/norm/.*", "decoder"),
 )
+GROUP_NAMES = tuple(dict.fromkeys(group for _, group in GROUPS))
 
 
 @dataclass(frozen=True)
 class RateRow:
-    """One line of the table that a run prints before step 1."""
+    """One line of the table that a run prints before each stage."""
 
     group: str
     tensors: int
@@ -38,14 +42,29 @@ class RateRow:
     """of each layer of the group's stack, 0 where frozen"""
 
 
-def group_of(path: str, config: Optim) -> Group:
+class AdamState(NamedTuple):
+    """age: updates that each tensor, or layer of a stack, has had. mu, nu: the moments."""
+
+    age: Any
+    mu: Any
+    nu: Any
+
+
+class RateState(NamedTuple):
+    """updates: of the schedule until now. age: of each tensor, or layer, since it began."""
+
+    updates: Array
+    age: Any
+
+
+def group_of(path: str, stage: Stage) -> Group:
     """The settings of the one group that a parameter belongs to."""
-    return getattr(config, look_up(GROUPS, path))
+    return getattr(stage, look_up(GROUPS, path))
 
 
-def frozen_layers(path: str, leaf: Any, config: Optim) -> int | None:
+def frozen_layers(path: str, leaf: Any, stage: Stage) -> int | None:
     """How many first layers of a stacked leaf are frozen; None: the whole leaf, stacked or not."""
-    group = group_of(path, config)
+    group = group_of(path, stage)
     if group.learning_rate == 0:
         return None
     if not is_stacked(path) or group.trained_layers is None:
@@ -53,11 +72,11 @@ def frozen_layers(path: str, leaf: Any, config: Optim) -> int | None:
     return leaf.shape[0] - group.trained_layers
 
 
-def split(params: Tree, config: Optim) -> tuple[Tree, Tree]:
+def split(params: Tree, stage: Stage) -> tuple[Tree, Tree]:
     """The trained and the frozen tree; a leaf of a cut stack is in both, with its own layers."""
     trained, frozen = {}, {}
     for path, leaf in flat(params).items():
-        below = frozen_layers(path, leaf, config)
+        below = frozen_layers(path, leaf, stage)
         if below is None:
             frozen[path] = leaf
         elif below == 0:
@@ -89,46 +108,135 @@ def layer_rates(group: Group, layers: int) -> tuple[float, ...]:
     )
 
 
-def schedule(step: Array | int, steps: int, config: Optim) -> Array:
-    """Share of the peak rate in the update after `step` updates: linear warm-up, then cosine.
-
-    The first update has 1 / warmup_steps, the last of the warm-up 1, the last of all `final_rate`.
-    """
-    update = jnp.asarray(step, jnp.float32) + 1
-    warm = jnp.minimum(update / max(config.warmup_steps, 1), 1.0)
-    past = (update - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(past, 0.0, 1.0)))
-    return warm * (config.final_rate + (1 - config.final_rate) * cosine)
+def warm_up(age: Array | int, config: Optim) -> Array:
+    """Share of its rate that a tensor has in the update after `age` updates: linear up to 1."""
+    return jnp.minimum((jnp.asarray(age, jnp.float32) + 1) / max(config.warmup_steps, 1), 1.0)
 
 
-def make_optimizer(config: Optim, trained: Tree, steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then each group's AdamW or Muon, then the rates by depth.
+def decay(updates: Array | int, steps: int, config: Optim) -> Array:
+    """Share of the peak rate in the update after `updates` of `steps`: 1 while the first tensors
+    warm up, then down to `final_rate` in the last update."""
+    past = (jnp.asarray(updates, jnp.float32) + 1 - config.warmup_steps) / max(
+        steps - config.warmup_steps, 1
+    )
+    past = jnp.clip(past, 0.0, 1.0)
+    left = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * past)), "linear": 1 - past, "none": 1.0}
+    return config.final_rate + (1 - config.final_rate) * jnp.asarray(left[config.decay])
+
+
+def schedule(updates: Array | int, steps: int, config: Optim) -> Array:
+    """Share of the peak rate of what is trained from the first update on."""
+    return warm_up(updates, config) * decay(updates, steps, config)
+
+
+def make_optimizer(
+    config: Optim, stage: Stage, trained: Tree, steps: int
+) -> optax.GradientTransformation:
+    """Clipping by the global norm, AdamW or Muon by the kind of tensor, then the rates.
 
     Args:
       trained: the trained tree or its shapes.
       steps: length of the schedule.
     """
-    leaves = flat(trained)
-    labels = {p: f"{look_up(GROUPS, p)}:{_kind(p, leaf, config)}" for p, leaf in leaves.items()}
-    kinds = {label: label.split(":") for label in labels.values()}
-    transforms = {
-        label: _one_group(config, group, kind, steps) for label, (group, kind) in kinds.items()
-    }
-    depth = {path: _depth(path, leaf, config) for path, leaf in leaves.items()}
+    kinds = {path: _kind(path, leaf, config) for path, leaf in flat(trained).items()}
+    transforms = {kind: _direction(config, kind) for kind in set(kinds.values())}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.multi_transform(transforms, nested(labels)),
-        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, nested(depth))),
+        optax.multi_transform(transforms, nested(kinds)),
+        scale_by_rates(config, stage, steps),
     )
 
 
-def rate_table(params: Tree, config: Optim) -> list[RateRow]:
+def scale_by_adam(config: Optim) -> optax.GradientTransformation:
+    """Adam's direction (Kingma and Ba 2015), each layer's bias corrected by its own age."""
+
+    def init(params: Tree) -> AdamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return AdamState(jax.tree.map_with_path(_no_age, params), zeros, zeros)
+
+    def update(grads: Tree, state: AdamState, params: Any = None) -> tuple[Tree, AdamState]:
+        b1, b2 = config.beta1, config.beta2
+        age = jax.tree.map(lambda n: n + 1, state.age)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, grads)
+
+        def direction(n: Array, m: Array, v: Array) -> Array:
+            m, v = (x / (1 - b ** n.astype(jnp.float32)) for x, b in ((m, b1), (v, b2)))
+            return m / (jnp.sqrt(v) + config.epsilon)
+
+        return jax.tree.map(direction, age, mu, nu), AdamState(age, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_by_rates(config: Optim, stage: Stage, steps: int) -> optax.GradientTransformation:
+    """Minus the rate of each tensor: its group's, by depth, its warm-up and the common decay."""
+
+    def init(params: Tree) -> RateState:
+        return RateState(jnp.zeros((), jnp.int32), jax.tree.map_with_path(_no_age, params))
+
+    def update(updates: Tree, state: RateState, params: Any = None) -> tuple[Tree, RateState]:
+        rates = rates_now(state, config, stage, steps)
+        scaled = jax.tree.map(lambda rate, u: -rate * u, rates, updates)
+        age = jax.tree.map(lambda n: n + 1, state.age)
+        return scaled, RateState(state.updates + 1, age)
+
+    return optax.GradientTransformation(init, update)
+
+
+def rates_now(state: RateState, config: Optim, stage: Stage, steps: int) -> Tree:
+    """The rate of every tensor in the next update; of a stack, of each layer, [L, 1, ...]."""
+    common = decay(state.updates, steps, config)
+
+    def rate(path: str, age: Array) -> Array:
+        group, layers = group_of(path, stage), age.shape[0] if is_stacked(path) else 1
+        depth = group.layer_decay ** np.arange(layers - 1, -1, -1, dtype=np.float64)
+        peak = jnp.asarray(group.learning_rate * depth, jnp.float32)
+        return peak.reshape(age.shape) * warm_up(age, config) * common
+
+    return nested({path: rate(path, age) for path, age in flat(state.age).items()})
+
+
+def group_rates(moments: Any, config: Optim, stage: Stage, steps: int) -> dict[str, Array]:
+    """Each group's rate in the next update, of its last layer; 0 of a frozen group.
+
+    Args:
+      moments: the state of `make_optimizer`'s optimiser, whose last part is a `RateState`.
+    """
+    rates = {name: jnp.zeros(()) for name in GROUP_NAMES}
+    for path, rate in flat(rates_now(moments[-1], config, stage, steps)).items():
+        rates[look_up(GROUPS, path)] = rate.reshape(-1)[-1]
+    return rates
+
+
+def carry_over(fresh: Any, old: Any, *, new_schedule: bool = False) -> Any:
+    """An optimiser's state for the next stage: what was trained before keeps its moments and age.
+
+    Args:
+      fresh: the state that the new optimiser begins with; what is trained anew stays as it is.
+      old: the state until now. A stack's last layers are its own last layers then as now.
+      new_schedule: the rates begin anew, with warm-up; moments are kept all the same.
+    """
+    before = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(old)}
+
+    def one(path: Any, leaf: Array) -> Array:
+        kept = before.get(jax.tree_util.keystr(path))
+        if kept is None or kept.shape == leaf.shape:
+            return leaf if kept is None else kept
+        added = leaf.shape[0] - kept.shape[0]
+        return jnp.concatenate([leaf[:added], kept]) if added > 0 else kept[-added:]
+
+    carried = jax.tree_util.tree_map_with_path(one, fresh)
+    return (*carried[:-1], fresh[-1]) if new_schedule else carried
+
+
+def rate_table(params: Tree, stage: Stage) -> list[RateRow]:
     """Every group with its size, its peak rate and the rate of each of its layers."""
     rows = []
-    for name in dict.fromkeys(group for _, group in GROUPS):
-        group: Group = getattr(config, name)
+    for name in GROUP_NAMES:
+        group: Group = getattr(stage, name)
         leaves = {p: leaf for p, leaf in flat(params).items() if look_up(GROUPS, p) == name}
-        trained, _ = split_shapes(nested(leaves), config)
+        trained, _ = split_shapes(nested(leaves), stage)
         layers = next((leaf.shape[0] for p, leaf in leaves.items() if is_stacked(p)), 0)
         rows.append(
             RateRow(
@@ -143,23 +251,51 @@ def rate_table(params: Tree, config: Optim) -> list[RateRow]:
     return rows
 
 
-def split_shapes(params: Tree, config: Optim) -> tuple[Tree, Tree]:
+def measured_rates(params: Tree, config: Optim, stage: Stage) -> dict[str, tuple[float, ...]]:
+    """Each group's peak rates as the optimiser applies them, by layer where it is a stack.
+
+    The stage's optimiser takes its first step on small tensors of the same names, which Adam moves
+    by the rate itself. Muon's tensors are left out: it moves them by about a fifth of it.
+    """
+    plain = replace(config, clip_norm=1e30, matrices="adamw", epsilon=1e-30)
+    shapes = {
+        path: (leaf.shape[0] if is_stacked(path) else 2, *(2,) * (leaf.ndim - 1))
+        for path, leaf in flat(split_shapes(params, stage)[0]).items()
+    }
+    ones = nested({path: jnp.ones(shape) for path, shape in shapes.items()})
+    optimizer = make_optimizer(plain, stage, ones, 1 << 24)
+    zeros = jax.tree.map(jnp.zeros_like, ones)
+    updates, _ = optimizer.update(ones, optimizer.init(ones), zeros)
+    found: dict[str, tuple[float, ...]] = {}
+    for path, update in flat(updates).items():
+        first = np.asarray(update).reshape(len(update), -1)[:, 0] * -max(config.warmup_steps, 1)
+        rates = tuple(float(rate) for rate in first) if is_stacked(path) else (float(first[0]),)
+        group = look_up(GROUPS, path)
+        found[group] = max(found.get(group, ()), rates, key=len)
+    return found
+
+
+def split_shapes(params: Tree, stage: Stage) -> tuple[Tree, Tree]:
     """`split` of shapes."""
-    return jax.eval_shape(lambda tree: split(tree, config), params)
+    return jax.eval_shape(lambda tree: split(tree, stage), params)
 
 
-def check_groups(params: Tree, config: Optim) -> None:
-    """Refuses a config that trains nothing, or layers that a stack does not have."""
-    for row in rate_table(params, config):
-        asked, there = getattr(config, row.group).trained_layers, len(row.layer_rates)
+def check_groups(params: Tree, stage: Stage) -> None:
+    """Refuses a stage that trains nothing, or layers that a stack does not have."""
+    for row in rate_table(params, stage):
+        asked, there = getattr(stage, row.group).trained_layers, len(row.layer_rates)
         if asked is not None and not 1 <= asked <= there:
             raise UserError(
-                f"optim.{row.group}.trained_layers = {asked} cannot be had",
+                f"stage {stage.name}: {row.group}.trained_layers = {asked} cannot be had",
                 f"the group has {there} layers" if there else "the group is no stack of layers",
                 f"give 1 to {there}, or None for all" if there else "leave it None",
             )
-    if not any(row.trained_parameters for row in rate_table(params, config)):
-        raise UserError("nothing is trained", "every group has learning rate 0", "set one above 0")
+    if not any(row.trained_parameters for row in rate_table(params, stage)):
+        raise UserError(
+            f"stage {stage.name}: nothing is trained",
+            "every group has learning rate 0",
+            "set one above 0",
+        )
 
 
 def _kind(path: str, leaf: Any, config: Optim) -> str:
@@ -170,8 +306,7 @@ def _kind(path: str, leaf: Any, config: Optim) -> str:
     return "muon" if config.matrices == "muon" and is_stacked(path) else "matrix"
 
 
-def _one_group(config: Optim, group: str, kind: str, steps: int) -> optax.GradientTransformation:
-    peak = getattr(config, group).learning_rate
+def _direction(config: Optim, kind: str) -> optax.GradientTransformation:
     if kind == "muon":
         matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
         scale = optax.chain(
@@ -182,22 +317,17 @@ def _one_group(config: Optim, group: str, kind: str, steps: int) -> optax.Gradie
             optax.stateless(lambda u, _: jax.tree.map(_like_adam, u)),
         )
     else:
-        scale = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+        scale = scale_by_adam(config)
     decay = optax.identity() if kind == "vector" else optax.add_decayed_weights(config.weight_decay)
-    return optax.chain(
-        scale,
-        decay,
-        optax.scale_by_learning_rate(lambda step: peak * schedule(step, steps, config)),
-    )
+    return optax.chain(scale, decay)
 
 
 def _like_adam(update: Array) -> Array:
     return update * (0.2 * max(update.shape[-2:]) ** 0.5)
 
 
-def _depth(path: str, leaf: Any, config: Optim) -> Array:
-    """Multiplier of each layer's update, shaped to broadcast over the leaf."""
-    layers = leaf.shape[0] if is_stacked(path) else 1
-    below_top = jnp.arange(layers - 1, -1, -1)
-    shape = (layers, *(1,) * (len(leaf.shape) - 1)) if is_stacked(path) else ()
-    return (group_of(path, config).layer_decay ** below_top).astype(jnp.float32).reshape(shape)
+def _no_age(path: Any, leaf: Any) -> Array:
+    """Ages of a new tensor: one for each layer of a stack, shaped to broadcast over it."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/")
+    layers = leaf.shape[0] if is_stacked(names) else 1
+    return jnp.zeros((layers, *(1,) * (leaf.ndim - 1)), jnp.int32)

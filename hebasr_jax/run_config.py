@@ -60,6 +60,10 @@ class Source:
     """share of the clips drawn in an epoch; None: in proportion to the set's size"""
     split: str | None = None
     """keep only rows whose `split` field says so"""
+    hub: str | None = None
+    """hub data set that `path` is a copy of: told in errors and in the model card"""
+    licence: str | None = None
+    """for the model card; None: it says that the licence is not known"""
     columns: Columns = field(default_factory=Columns)
 
 
@@ -69,6 +73,9 @@ class Data:
 
     train: tuple[Source, ...] = ()
     dev: tuple[Source, ...] = ()
+    """scored while training; checkpoints are chosen by them"""
+    test: tuple[Source, ...] = ()
+    """scored once, with the weights that the run ends with"""
     min_clip_s: float = 0.1
     """shorter clips are left out, and counted"""
     max_clip_s: float = 30.0
@@ -142,7 +149,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Group:
-    """Learning rate of one group of parameters; `optim.GROUPS` says which parameters."""
+    """Learning rate of a group of parameters; `GROUPS` in optim.py says which belong to it."""
 
     learning_rate: float = 0.0
     """peak; 0 freezes the group"""
@@ -153,14 +160,38 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Optim:
-    """Optimiser, schedule and groups."""
+class Mix:
+    """One data set's part in a stage."""
 
+    set: str
+    """its name in `data.train`"""
+    share: float | None = None
+    """share of the clips drawn in an epoch; None: in proportion to the set's size"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of the run: what is trained, at what rates, on what mix, for how long."""
+
+    name: str = "train"
+    epochs: int = 1
+    steps: int | None = None
+    """its length in steps; None: its epochs"""
+    mix: tuple[Mix, ...] = ()
+    """the sets it draws from, with their shares; (): those of `data.train`, with theirs"""
+    new_schedule: bool = False
+    """warm-up and cosine begin anew; else one cosine goes on from the stage before"""
     conv_stem: Group = Group(2e-5)
     encoder: Group = Group(2e-5)
     projector: Group = Group(2e-5)
     embedding: Group = Group(2e-5)
     decoder: Group = Group(2e-5)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Optimiser and schedule; the rates are those of the stages."""
+
     matrices: Literal["adamw", "muon"] = "adamw"
     """optimiser of the layers' matrices; everything else is AdamW's"""
     beta1: float = 0.9
@@ -171,17 +202,18 @@ class Optim:
     clip_norm: float = 1.0
     """global gradient norm above which gradients are scaled down"""
     warmup_steps: int = 500
+    """updates until a tensor has its full rate, from the first that it gets"""
     final_rate: float = 0.1
     """the cosine ends at this share of the peak"""
+    decay: Literal["cosine", "linear", "none"] = "cosine"
 
 
 @dataclass(frozen=True)
 class Train:
     """How long, and what is kept."""
 
-    epochs: int = 1
     steps: int | None = None
-    """stop after so many steps; None: after the epochs"""
+    """all stages together in so many steps, in proportion to their own lengths"""
     checkpoint_steps: int = 500
     keep_last: int = 2
     keep_best: int = 3
@@ -207,6 +239,39 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Average:
+    """Which weights a run ends with: a mean of its best checkpoints, or the best of them."""
+
+    best: int = 1
+    """checkpoints whose mean is compared with each of them on the dev sets; 1: the best alone"""
+    by: Literal["wer", "loss"] = "wer"
+    weights: Literal["uniform", "softmax"] = "uniform"
+    """softmax: of minus the validation loss"""
+    soup: bool = False
+    """also a greedy soup: a member stays only if dev WER does not rise"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Model folders written at the end, in `export/` of the run, and their upload."""
+
+    layouts: tuple[Literal["original", "transformers"], ...] = ()
+    """original (qwen-asr, vLLM) and transformers; (): none"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    upload: bool = True
+    """the first layout goes to the hub if HF_REPO_ID names a model there"""
+    private: bool = True
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Copies of metrics.jsonl for trackers; none can stop or slow a run."""
+
+    sinks: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    """each is an extra of that name"""
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -220,8 +285,12 @@ class Config:
     augment: Augment = field(default_factory=Augment)
     compute: Computation = field(default_factory=Computation)
     optim: Optim = field(default_factory=Optim)
+    stages: tuple[Stage, ...] = (Stage(),)
     train: Train = field(default_factory=Train)
     validation: Validation = field(default_factory=Validation)
+    average: Average = field(default_factory=Average)
+    export: Export = field(default_factory=Export)
+    tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
         data = self.data

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     r"train\.(keep_last|keep_best|log_steps|checkpoint_steps|max_skipped_steps)",
     r"data\.(threads|prefetch_batches|max_bad_share)",
     r"validation\.(every_steps|batch_audio_s|samples|bootstrap)",
+    r"(average|export|tracking)\..*|data\.test.*|data\..*\.(licence|hub)",
     r"compute\.(cache_dir|devices|attention|remat|loss_rows|gather)",  # rounding only
 )
 """Config values that a resumed run may change: none of them says what a step learns or what a
@@ -157,8 +158,7 @@ def record_start(
         values = differences(_values(old), _values(new))
         others = list(differences(_flat(env.get("fixed", {})), _flat(fixed)).values())
         changes = [*values.values(), *others]
-        free = re.compile("|".join(MAY_CHANGE))
-        refused = [line for name, line in values.items() if not free.fullmatch(name)] + others
+        refused = [line for name, line in values.items() if not free_to_change(name)] + others
         if refused and not accept_changes:
             raise _changed(folder, refused)
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -166,6 +166,11 @@ def record_start(
     write_json(folder / "config.json", new)
     write_json(folder / "env.json", {"fixed": fixed, "starts": [*env.get("starts", []), start]})
     return changes
+
+
+def free_to_change(name: str) -> bool:
+    """Whether a resumed run may change this config value."""
+    return re.fullmatch("|".join(MAY_CHANGE), name) is not None
 
 
 def _changed(folder: Path, lines: list[str]) -> UserError:
@@ -261,6 +266,7 @@ class StopSignal:
             ...                      # until here a signal ends the process with EXIT_RUN_AGAIN
             stop.worth_saving = True # after the first step; from now on the loop asks:
             if stop.requested: save and return EXIT_RUN_AGAIN
+            stop.leave_at_once("why")  # when all that is worth saving is saved
 
     A thread acts on the signals, so that they count while the main thread compiles or waits for a
     device, when Python itself runs no handler. Every file of a run is written so that an end at
@@ -270,6 +276,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self.worth_saving = False
+        self.parting = "nothing to save yet"
 
     def __enter__(self) -> "StopSignal":
         self._installed = threading.current_thread() is threading.main_thread()
@@ -296,6 +303,10 @@ class StopSignal:
             self._writer.close()  # ends the thread
         return False
 
+    def leave_at_once(self, parting: str) -> None:
+        """From now on a signal ends the process with EXIT_RUN_AGAIN, saying `parting`."""
+        self.worth_saving, self.parting = False, parting
+
     def _watch(self, reader: socket.socket) -> None:
         with reader:
             while data := reader.recv(1):
@@ -307,7 +318,7 @@ class StopSignal:
         if self.requested:
             _leave(f"{name} again: left at once, the last finished checkpoint counts", 128 + number)
         if not self.worth_saving:
-            _leave(f"{name}: nothing to save yet", EXIT_RUN_AGAIN)
+            _leave(f"{name}: {self.parting}", EXIT_RUN_AGAIN)
         self.requested = True
         _tell(f"{name}: saving after this step; again to leave at once")
 

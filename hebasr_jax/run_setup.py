@@ -6,32 +6,34 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from hebasr_jax.augment import load_noise
 from hebasr_jax.config import ModelConfig, layout_of, read_config
 from hebasr_jax.data.clips import ClipSet
-from hebasr_jax.data.pipeline import Feed, empty_batch, make_feed
+from hebasr_jax.data.pipeline import empty_batch, make_feed
 from hebasr_jax.data.plan import Bucket, plan_fingerprint
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import on_first, place_whole
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import new_folder
+from hebasr_jax.hub import ModelFolder
 from hebasr_jax.model.asr import Params, abstract_params
 from hebasr_jax.model.attention import pick_kernel
 from hebasr_jax.model.layers import Compute
-from hebasr_jax.optim import check_groups, make_optimizer, split, split_shapes
+from hebasr_jax.optim import group_rates, split
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Config
 from hebasr_jax.sharding import make_mesh, replicated, shardings
+from hebasr_jax.stages import Part, make_parts, state_shapes
 from hebasr_jax.text import TextTokenizer
 from hebasr_jax.timestamps import add_stamp_tokens
 from hebasr_jax.train_step import Step, TrainState, compile_step, init_state
@@ -45,29 +47,35 @@ class Setup:
 
     source: the model folder that training starts from; tokenizer_sha256 is of its tokenizer.
     files: a folder of the run's own with config and tokenizer files.
-    steps: optimiser steps of the whole run; epoch_steps: of its first epoch.
+    shapes: of the model's parameters. parts: the stages.
     """
 
     config: Config
-    source: Path
+    source: ModelFolder
     files: Path
     model: ModelConfig
     tokenizer: TextTokenizer
     tokenizer_sha256: str
     compute: Compute
     mesh: Mesh
-    feed: Feed
+    shapes: Params
+    sets: tuple[ClipSet, ...]
+    left_out: dict[str, dict[str, int]]
     dev_sets: tuple[ClipSet, ...]
-    steps: int
-    epoch_steps: int
-    optimizer: optax.GradientTransformation
+    quarantine: Quarantine
+    parts: tuple[Part, ...]
     noise_NS: Any
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.parts[-1].last
 
 
 def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = True) -> Setup:
     """Opens the model and the data and plans the run; no weights are read.
 
-    An epoch's steps are those of the first epoch: speeds and joins are drawn anew in each, so
+    A stage's epochs have the steps of its first one: speeds and joins are drawn anew in each, so
     that others may differ by a few.
 
     Args:
@@ -89,30 +97,28 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
 
     on_first(lay_out, "model files")
     _, _, _, tokenizer = open_model(str(files))
-    check_groups(abstract_params(model), config.optim)
     if not config.data.train:
         raise UserError("there is nothing to train on", "data.train names no set")
     sets, dev_sets = open_sources(config.data.train), open_sources(config.data.dev)
     quarantine = open_quarantine([*sets, *dev_sets], config, quarantine_path)
-    feed = make_feed(sets, tokenizer, config, quarantine, math.lcm(8, mesh.size))
-    epoch_steps = len(feed.plan(0))
-    steps = config.train.steps or config.train.epochs * epoch_steps
-    trained, _ = split_shapes(abstract_params(model), config.optim)
+    row_multiple, shapes = math.lcm(8, mesh.size), abstract_params(model)
+    feed = make_feed(sets, tokenizer, config, quarantine, row_multiple)
     noise = load_noise(config.augment.noise_path) if config.augment.noise_share else None
     return Setup(
         config=config,
-        source=source.path,
+        source=source,
         files=files,
         model=model,
         tokenizer=tokenizer,
         tokenizer_sha256=sha256_of(original),
         compute=compute,
         mesh=mesh,
-        feed=feed,
+        shapes=shapes,
+        sets=feed.sets,
+        left_out=feed.left_out,
         dev_sets=tuple(dev_sets),
-        steps=steps,
-        epoch_steps=epoch_steps,
-        optimizer=make_optimizer(config.optim, trained, steps),
+        quarantine=quarantine,
+        parts=make_parts(config, feed, shapes, row_multiple),
         noise_NS=None if noise is None else place_whole(noise, replicated(mesh)),
     )
 
@@ -152,39 +158,32 @@ def sha256_of(tokenizer: TextTokenizer) -> str:
 
 def fixed_facts(setup: Setup) -> dict[str, Any]:
     """What a resumed run must find as it was, besides its config."""
-    feed, config = setup.feed, setup.config
-    shapes = flat(abstract_params(setup.model))
+    data, augment = setup.config.data, setup.config.augment
+    plans = {
+        part.stage.name: plan_fingerprint(
+            part.feed.table, part.feed.buckets, data, augment, part.feed.config.seed
+        )
+        for part in setup.parts
+    }
     return {
-        "data": {s.name: s.fingerprint for s in (*feed.sets, *setup.dev_sets)},
-        "plan": plan_fingerprint(
-            feed.table, feed.buckets, config.data, config.augment, config.seed
-        ),
-        "model": {path: list(leaf.shape) for path, leaf in shapes.items()},
+        "data": {s.name: s.fingerprint for s in (*setup.sets, *setup.dev_sets)},
+        "plan": plans,
+        "model": {path: list(leaf.shape) for path, leaf in flat(setup.shapes).items()},
         "tokenizer": setup.tokenizer_sha256,
     }
 
 
 def load_state(setup: Setup) -> TrainState:
     """The state before step 1, on the mesh: float32 weights from the source folder, no moments."""
-    layout = layout_of(read_config(setup.source))
-    params = load_params(setup.source, setup.model, layout, dtype=np.float32, place=np.asarray)
-    trained, frozen = (place_tree(tree, setup.mesh) for tree in split(params, setup.config.optim))
-    places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(setup))
+    folder, part = setup.source.path, setup.parts[0]
+    layout = layout_of(read_config(folder))
+    params = load_params(folder, setup.model, layout, dtype=np.float32, place=np.asarray)
+    trained, frozen = (place_tree(tree, setup.mesh) for tree in split(params, part.stage))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(part, setup.shapes, setup.mesh))
     start = jax.jit(
-        lambda t, f: init_state(t, f, setup.optimizer), out_shardings=places, donate_argnums=(0, 1)
+        lambda t, f: init_state(t, f, part.optimizer), out_shardings=places, donate_argnums=(0, 1)
     )
     return start(trained, frozen)
-
-
-def state_shapes(setup: Setup) -> TrainState:
-    """Shapes and shardings of the state, to compile for or to restore onto."""
-    trained, frozen = split_shapes(abstract_params(setup.model), setup.config.optim)
-    shapes = jax.eval_shape(lambda t, f: init_state(t, f, setup.optimizer), trained, frozen)
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        shardings(shapes, setup.mesh),
-    )
 
 
 def place_tree(tree: Params, mesh: Mesh) -> Params:
@@ -192,8 +191,8 @@ def place_tree(tree: Params, mesh: Mesh) -> Params:
     return jax.tree.map(place_whole, tree, shardings(tree, mesh))
 
 
-def step_for(setup: Setup, bucket: Bucket) -> Step:
-    """The step of one bucket, cut into micro-batches that fit `compute.micro_audio_s`."""
+def step_for(setup: Setup, part: Part, bucket: Bucket) -> Step:
+    """The step of a stage's bucket, cut into micro-batches that fit `compute.micro_audio_s`."""
     config, devices = setup.config, setup.mesh.size
     if bucket.rows % devices:
         raise UserError(
@@ -211,7 +210,10 @@ def step_for(setup: Setup, bucket: Bucket) -> Step:
         model=setup.model,
         compute=setup.compute,
         augment=config.augment,
-        optimizer=setup.optimizer,
+        optimizer=part.optimizer,
+        rates=partial(
+            group_rates, config=config.optim, stage=part.stage, steps=part.schedule_steps
+        ),
         mesh=setup.mesh,
         audio_s=bucket.audio_s,
         micro_batches=fits[0] if fits else each,
@@ -221,20 +223,24 @@ def step_for(setup: Setup, bucket: Bucket) -> Step:
 
 
 def compile_steps(
-    setup: Setup, state: TrainState, told: Callable[[Bucket, Any], None]
-) -> dict[Bucket, Any]:
-    """Every bucket's program, compiled ahead of step 1 in parallel threads.
+    setup: Setup, parts: Sequence[Part], told: Callable[[Part, Bucket, Any], None]
+) -> dict[tuple[str, Bucket], Any]:
+    """Every bucket's program in these stages, by stage and bucket, compiled in parallel threads.
 
     Args:
-      told: called with each bucket and its program when it is ready.
+      told: called with each stage, bucket and program when it is ready.
     """
 
-    def one(bucket: Bucket) -> Any:
+    def one(job: tuple[Part, Bucket]) -> Any:
+        part, bucket = job
         host = empty_batch(bucket, setup.config.augment, bucket.rows)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), host)
-        compiled = compile_step(step_for(setup, bucket), state, batch, setup.noise_NS)
-        told(bucket, compiled)
+        state = state_shapes(part, setup.shapes, setup.mesh)
+        compiled = compile_step(step_for(setup, part, bucket), state, batch, setup.noise_NS)
+        told(part, bucket, compiled)
         return compiled
 
+    jobs = [(part, bucket) for part in parts for bucket in part.feed.buckets]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        return dict(zip(setup.feed.buckets, pool.map(one, setup.feed.buckets), strict=True))
+        programs = pool.map(one, jobs)
+        return {(p.stage.name, b): program for (p, b), program in zip(jobs, programs, strict=True)}

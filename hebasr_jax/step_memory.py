@@ -30,7 +30,7 @@ from typing import Any
 
 from hebasr_jax.config import CHUNK_TOKENS, ModelConfig
 from hebasr_jax.optim import RateRow
-from hebasr_jax.run_config import Config, Optim
+from hebasr_jax.run_config import Config, Stage
 
 # Arrays of the size of each convolution's output that wait for the backward pass: GELU's own.
 _STEM_COPIES = 4
@@ -68,6 +68,7 @@ class Shape:
 def memory_estimate(
     model: ModelConfig,
     config: Config,
+    stage: Stage,
     rates: Sequence[RateRow],
     shape: Shape,
     *,
@@ -91,8 +92,8 @@ def memory_estimate(
     audio = shape.rows * shape.audio_s * CHUNK_TOKENS
     positions = audio + shape.rows * shape.text_tokens
     attended = positions // shape.rows if kernel == "xla" else 0
-    stem, encoder_layers, decoder_layers = _layers_behind(model, config.optim)
-    reaches_audio = encoder_layers > 0 or config.optim.projector.learning_rate > 0
+    stem, encoder_layers, decoder_layers = _layers_behind(model, stage)
+    reaches_audio = encoder_layers > 0 or stage.projector.learning_rate > 0
     remat, scores = config.compute.remat, kernel == "xla"
     encoder_token = _kept_by_encoder(model, "none", size, scores)
     decoder_token = _kept_by_decoder(model, "none", size, attended)
@@ -112,17 +113,17 @@ def memory_estimate(
     )
 
 
-def _layers_behind(model: ModelConfig, optim: Optim) -> tuple[bool, int, int]:
+def _layers_behind(model: ModelConfig, stage: Stage) -> tuple[bool, int, int]:
     """How far the backward pass goes: through the stem, and how many layers of each stack."""
 
     def trained(group: Any, layers: int) -> int:
         count = layers if group.trained_layers is None else group.trained_layers
         return count if group.learning_rate else 0
 
-    stem = optim.conv_stem.learning_rate > 0
-    encoder = model.encoder.layers if stem else trained(optim.encoder, model.encoder.layers)
-    below = encoder or optim.projector.learning_rate or optim.embedding.learning_rate
-    decoder = model.decoder.layers if below else trained(optim.decoder, model.decoder.layers)
+    stem = stage.conv_stem.learning_rate > 0
+    encoder = model.encoder.layers if stem else trained(stage.encoder, model.encoder.layers)
+    below = encoder or stage.projector.learning_rate or stage.embedding.learning_rate
+    decoder = model.decoder.layers if below else trained(stage.decoder, model.decoder.layers)
     return stem, encoder, decoder
 
 

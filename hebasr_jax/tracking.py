@@ -15,7 +15,7 @@ kind "train", every `log_steps` steps, about the steps since the line before:
   of one device).
 kind "validation", with the weights after `step` steps (0: before training):
   step, sets {name: {loss, wer, ci95 [low, high], cer, cer_ci95, hits, substitutions, deletions,
-  insertions, words, clips, empty, left_out, samples [{id, reference, hypothesis}]}}: what
+  insertions, words, clips, empty, left_out, samples [{id, group, reference, hypothesis}]}}: what
   `metrics.score` gives, the loss per target token, the clips that were not scored, and texts as
   they are, before normalisation.
 kind "skipped", for a step without a finite gradient, which changed nothing:

@@ -8,21 +8,23 @@ Stopped by a signal, it saves and ends with EXIT_RUN_AGAIN; the same command goe
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
+from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.checkpoint import CheckpointStore
 from hebasr_jax.config_file import LoadedConfig, dump
 from hebasr_jax.data.clips import Batch
 from hebasr_jax.data.pipeline import Item, stream
-from hebasr_jax.data.plan import plan_table
+from hebasr_jax.data.plan import Bucket, plan_table
 from hebasr_jax.distributed import any_host, is_first, local_rows, place_rows
 from hebasr_jax.errors import UserError
-from hebasr_jax.optim import GROUPS, join, schedule
+from hebasr_jax.finish import asked_for, finish, repository
+from hebasr_jax.optim import join, rate_table
+from hebasr_jax.rate_tables import stage_lines
 from hebasr_jax.report import write_report
 from hebasr_jax.run_config import Config
 from hebasr_jax.run_folder import (
@@ -33,59 +35,17 @@ from hebasr_jax.run_folder import (
     was_trained,
     write_json,
 )
-from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up, state_shapes
+from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up
+from hebasr_jax.running import Placed, Run, Say, Trainee, tell, tell_pending
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
-from hebasr_jax.throughput import Window, Work, work_of
+from hebasr_jax.sinks import check_sinks, open_sinks
+from hebasr_jax.stages import Part, checked_rates, enter, state_shapes
+from hebasr_jax.throughput import Window, work_of
 from hebasr_jax.tracking import MetricsLog, put_aside, read_metrics, training_display
-from hebasr_jax.train_step import StepMetrics, TrainState, cast
-from hebasr_jax.validate import DevSet, load_dev_sets, validate
+from hebasr_jax.train_step import TrainState, cast
+from hebasr_jax.validate import load_dev_sets, validate
 
-Say = Callable[[str], None]
 _FOREVER = 1 << 30  # epochs: a run ends by its steps
-
-
-class Placed(NamedTuple):
-    """A batch on the devices, and this host's part of it as it was loaded."""
-
-    device: Batch
-    host: Batch
-
-
-@dataclass
-class Trainee:
-    """What changes while a run trains: the state, the place in the data, and what is yet to tell.
-
-    pending: the last dispatched step, whose metrics are read when the next one runs.
-    skipped_row: steps without a finite gradient, in a row.
-    """
-
-    state: TrainState
-    step: int
-    epoch: int
-    batch: int
-    window: Window
-    pending: tuple[StepMetrics, Work, Item] | None = None
-    skipped_row: int = 0
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the state: the next batch."""
-        return {"data": {"epoch": self.epoch, "batch": self.batch}, "skipped": self.window.skipped}
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """The fixtures of a run that is under way."""
-
-    setup: Setup
-    folder: Path
-    store: CheckpointStore
-    stop: StopSignal
-    log: MetricsLog | None
-    show: Callable[[Any], None]
-    say: Say
-    programs: dict[Any, Any] = field(default_factory=dict)
-    dev_sets: list[DevSet] = field(default_factory=list)
 
 
 def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> int:
@@ -102,6 +62,8 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
     folder = Path(config.runs_dir) / config.name
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        check_sinks(config.tracking.sinks)
+        repository(config)
         if is_first():
             stack.enter_context(open_run(folder))
         use_cache(config)
@@ -117,17 +79,22 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         trainee = start_or_resume(setup, store, say)
         if is_first() and not trainee.step:
             put_aside(folder, say)
-        log = MetricsLog(folder / "metrics.jsonl", trainee.step or None) if is_first() else None
-        run = Run(setup, folder, store, stop, log, display(stack, setup.steps), say)
-        run.programs.update(compile_programs(setup, trainee.state, say))
+        resumed = trainee.step or None
+        log = MetricsLog(folder / "metrics.jsonl", resumed) if is_first() else None
+        show, send = display(stack, setup.steps), tracker(stack, loaded, folder, resumed, say)
+        run = Run(setup, folder, store, stop, log, show, send, say)
+        run.programs.update(compile_programs(setup, trainee, say))
         if config.validation.every_steps:
             run.dev_sets.extend(
                 load_dev_sets(
-                    setup.dev_sets, setup.tokenizer, config, setup.feed.quarantine, setup.mesh.size
+                    setup.dev_sets, setup.tokenizer, config, setup.quarantine, setup.mesh.size
                 )
             )
-        code = go_on(run, trainee)
+        code = through_stages(run, trainee)
         store.wait()
+        del trainee  # its state is on the disk now, and scoring takes memory
+        if code == 0 and asked_for(config):
+            finish(run)
         if is_first():
             try:
                 say(f"report: {write_report(folder)}")
@@ -143,6 +110,19 @@ def display(stack: contextlib.ExitStack, steps: int) -> Callable[[Any], None]:
     return lambda line: None
 
 
+def tracker(
+    stack: contextlib.ExitStack, loaded: LoadedConfig, folder: Path, resumed: int | None, say: Say
+) -> Callable[[Any], None]:
+    """Sends lines of metrics.jsonl to the trackers asked for; only the first host does."""
+    config = loaded.config
+    if not is_first() or not config.tracking.sinks:
+        return lambda line: None
+    values = {at: entry["value"] for at, entry in dump(loaded).items()}
+    return stack.enter_context(
+        open_sinks(config.tracking.sinks, folder, config.name, values, resumed, say)
+    )
+
+
 def use_cache(config: Config) -> None:
     """Keeps compiled programs on disk, so that a resumed run starts in seconds."""
     if config.compute.cache_dir:
@@ -153,72 +133,97 @@ def use_cache(config: Config) -> None:
 
 def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_changes: bool) -> None:
     """Checks that a resumed run is what it was, and writes down what this start is."""
-    feed, data = setup.feed, setup.config.data
     facts = fixed_facts(setup)
     for line in record_start(folder, dump(loaded), facts, accept_changes=accept_changes):
         say(f"changed since the last start: {line}")
-    plan = feed.plan(0)
-    write_json(
-        folder / "plan.json",
-        plan_table(feed.table, plan, data)
-        | {"left_out": feed.left_out, "duration_histogram": durations(setup)},
-    )
-    for name, reasons in feed.left_out.items():
+    write_json(folder / "plan.json", plan_tables(setup))
+    for name, reasons in setup.left_out.items():
         for reason, count in reasons.items():
             say(f"{name}: {count} clips left out: {reason}")
-    if len(feed.quarantine):
-        say(f"{len(feed.quarantine)} clips cannot be used; see {folder / 'quarantine.jsonl'}")
+    if len(setup.quarantine):
+        say(f"{len(setup.quarantine)} clips cannot be used; see {folder / 'quarantine.jsonl'}")
 
 
-def durations(setup: Setup) -> dict[str, list[float]]:
-    """Clips by length, for the report."""
-    seconds = setup.feed.table.samples_C / 16000
-    counts, edges = np.histogram(seconds, bins=40)
-    return {"edges_s": edges.tolist(), "counts": counts.tolist()}
+def plan_tables(setup: Setup) -> dict[str, Any]:
+    """Each stage's first epoch, and all clips by length, for the report."""
+    tables: dict[str, Any] = {}
+    for part in setup.parts:
+        found = plan_table(part.feed.table, part.feed.plan(0), setup.config.data)
+        of = f" of stage {part.stage.name}" if len(setup.parts) > 1 else ""
+        tables |= {f"{name}{of}": found[name] for name in ("buckets", "sets")}
+    samples_C = np.concatenate([part.feed.table.samples_C for part in setup.parts])
+    counts, edges = np.histogram(samples_C / SAMPLE_RATE, bins=40)
+    histogram = {"edges_s": edges.tolist(), "counts": counts.tolist()}
+    return tables | {"left_out": setup.left_out, "duration_histogram": histogram}
 
 
 def start_or_resume(setup: Setup, store: CheckpointStore, say: Say) -> Trainee:
     """The newest whole checkpoint, or the loaded model; never the latter where there is one."""
     window = Window(jax.process_count(), setup.mesh.size)
-    restored = store.restore(state_shapes(setup))
+
+    def shapes(facts: Mapping[str, Any]) -> TrainState:
+        return state_shapes(setup.parts[facts["stage"]], setup.shapes, setup.mesh)
+
+    restored = store.restore(shapes)
     if restored is None:
         state = load_state(setup)
         say(f"state: {bytes_per_device(state) / 1e9:.2f} GB on each of {setup.mesh.size} devices")
-        return Trainee(state, 0, 0, 0, window)
-    place = restored.facts["data"]
-    window.skipped = restored.facts["skipped"]
+        return Trainee(state, 0, 0, 0, 0, window)
+    facts = restored.facts
+    window.skipped = facts["skipped"]
     say(f"going on from step {restored.step}")
-    return Trainee(restored.state, restored.step, place["epoch"], place["batch"], window)
+    place = facts["data"]
+    return Trainee(
+        restored.state, restored.step, facts["stage"], place["epoch"], place["batch"], window
+    )
 
 
-def compile_programs(setup: Setup, state: TrainState, say: Say) -> dict[Any, Any]:
-    """Every bucket's step, before the first one runs; each tells its memory."""
+def compile_programs(setup: Setup, trainee: Trainee, say: Say) -> dict[Any, Any]:
+    """The steps of all stages that are left, before the first one runs; each tells its memory."""
     began = time.perf_counter()
+    left = [p for p in setup.parts[trainee.stage :] if trainee.step < p.last]
 
-    def told(bucket: Any, program: Any) -> None:
+    def told(part: Part, bucket: Bucket, program: Any) -> None:
         memory = program.memory_analysis()
         total = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        of = f"{part.stage.name}: " if len(setup.parts) > 1 else ""
         say(
-            f"compiled {bucket.rows} x {bucket.audio_s} s, {bucket.text_tokens} text tokens: "
+            f"compiled {of}{bucket.rows} x {bucket.audio_s} s, {bucket.text_tokens} text tokens: "
             f"{total / 1e9:.2f} GB, after {time.perf_counter() - began:.1f} s"
         )
 
     kernel = setup.compute.kernel
     say(f"attention: {kernel} in encoder and decoder, xla in cached decoding")
-    return compile_steps(setup, state, told)
+    return compile_steps(setup, left, told)
 
 
-def go_on(run: Run, trainee: Trainee) -> int:
-    """Steps until the last one or a signal; saves and validates where they are due."""
-    setup, config = run.setup, run.setup.config
-    place = rows(setup.mesh)
+def through_stages(run: Run, trainee: Trainee) -> int:
+    """All that is left of the run, stage by stage; the exit code."""
+    setup = run.setup
+    for number in range(trainee.stage, len(setup.parts)):
+        part = setup.parts[number]
+        if number > trainee.stage:
+            trainee.state = enter(trainee.state, part, setup.shapes, setup.mesh)
+            trainee.stage, trainee.epoch, trainee.batch = number, 0, 0
+        if trainee.step < part.last:
+            measured = checked_rates(part, setup.shapes, setup.config)
+            for line in stage_lines(part, rate_table(setup.shapes, part.stage), measured):
+                run.say(line)
+        if not through_steps(run, trainee, part):
+            return EXIT_RUN_AGAIN
+    return 0
+
+
+def through_steps(run: Run, trainee: Trainee, part: Part) -> bool:
+    """The steps of a stage, with saves and validations where due; False when a signal came."""
+    place = rows(run.setup.mesh)
     trainee.window.began_s = time.perf_counter()
 
     def put(host: Batch) -> Placed:
         return Placed(jax.tree.map(lambda x: place_rows(x, place), host), host)
 
     batches = stream(
-        setup.feed,
+        part.feed,
         epochs=_FOREVER,
         epoch=trainee.epoch,
         batch=trainee.batch,
@@ -227,16 +232,16 @@ def go_on(run: Run, trainee: Trainee) -> int:
     )
     with batches as items:
         while True:
-            ended = trainee.step >= setup.steps
+            ended = trainee.step >= part.last
             stopping = any_host(run.stop.requested)
-            due = trainee.step % config.train.checkpoint_steps == 0
+            due = trainee.step % run.setup.config.train.checkpoint_steps == 0
             if ended or stopping or due or validation_due(run, trainee):
                 save(run, trainee)
             if stopping or not validate_if_due(run, trainee):
                 run.store.wait()
-                return EXIT_RUN_AGAIN
+                return False
             if ended:
-                return 0
+                return True
             one_step(run, trainee, next_item(run, trainee, items))
 
 
@@ -253,79 +258,20 @@ def next_item(run: Run, trainee: Trainee, items: Iterator[Item]) -> Item:
 
 def one_step(run: Run, trainee: Trainee, item: Item) -> None:
     """Dispatches a step, then reads and tells the metrics of the one before it."""
-    setup = run.setup
-    bucket = setup.feed.buckets[item.bucket]
+    setup, part = run.setup, run.part(trainee)
+    bucket = part.feed.buckets[item.bucket]
     placed: Any = item.data
     trainee.window.waited_s += item.waited_s
     if jax.default_backend() == "cpu":  # it computes while it dispatches: time of this step
         tell_pending(run, trainee)
-    state, metrics = run.programs[bucket](trainee.state, placed.device, setup.noise_NS)
+    program = run.programs[part.stage.name, bucket]
+    state, metrics = program(trainee.state, placed.device, setup.noise_NS)
     tell_pending(run, trainee)
     work = work_of(placed.host, bucket.audio_s, setup.model)
     trainee.pending = metrics, work, item
     trainee.state, trainee.step = state, trainee.step + 1
     trainee.epoch, trainee.batch = item.epoch, item.batch + 1
     run.stop.worth_saving = True
-
-
-def tell_pending(run: Run, trainee: Trainee, *, now: bool = False) -> None:
-    """Reads the last step's metrics; writes a line every `log_steps` steps, or `now`."""
-    if trainee.pending is None:
-        return
-    setup, window = run.setup, trainee.window
-    (metrics, work, item), trainee.pending = trainee.pending, None
-    window.losses.append(float(metrics.loss))
-    window.grad_norm = float(metrics.grad_norm)
-    window.work.append(work)
-    trainee.skipped_row = trainee.skipped_row + 1 if metrics.skipped else 0
-    if metrics.skipped:
-        window.skipped += 1
-        tell_skipped(run, trainee, item)
-    if now or trainee.step % setup.config.train.log_steps == 0:
-        done = trainee.step - 1 - window.skipped  # a skipped step does not move the schedule
-        rates = {
-            name: getattr(setup.config.optim, name).learning_rate
-            * float(schedule(done, setup.steps, setup.config.optim))
-            for name in dict.fromkeys(group for _, group in GROUPS)
-        }
-        line = window.line(trainee.step, setup.steps, trainee.step / setup.epoch_steps, rates)
-        tell(run, line)
-    else:
-        run.show({"step": trainee.step})
-
-
-def tell(run: Run, line: Mapping[str, Any]) -> None:
-    """A line of metrics.jsonl, which the first host writes, and its place on the screen."""
-    if run.log is not None:
-        run.log.append(line)
-    if line["kind"] != "skipped":
-        run.show(line)
-
-
-def tell_skipped(run: Run, trainee: Trainee, item: Item) -> None:
-    """Writes down the clips of a step that changed nothing; too many in a row end the run."""
-    feed = run.setup.feed
-    plan = feed.plan(item.epoch)
-    rows_of_table = [clip for row in plan.batch(item.batch) for clip in row.clips]
-    ids = [feed.sets[feed.table.set_of(n)].clips[feed.table.clip_C[n]].id for n in rows_of_table]
-    window = trainee.window
-    told = {
-        "loss": window.losses[-1],
-        "grad_norm": window.grad_norm,
-        "epoch": item.epoch,
-        "batch": item.batch,
-        "clips": ids,
-    }
-    tell(run, {"kind": "skipped", "step": trainee.step, **told})
-    run.say(
-        f"step {trainee.step} was skipped: loss {told['loss']}, gradient norm {told['grad_norm']}"
-    )
-    if trainee.skipped_row >= run.setup.config.train.max_skipped_steps:
-        raise UserError(
-            f"{trainee.skipped_row} steps in a row had no finite gradient; the run ends",
-            f"the last had loss {told['loss']} on {', '.join(ids[:3])} ...; see metrics.jsonl",
-            "lower the learning rates, or look at these clips; the last checkpoint is whole",
-        )
 
 
 def save(run: Run, trainee: Trainee) -> None:
@@ -338,9 +284,9 @@ def save(run: Run, trainee: Trainee) -> None:
 
 
 def validation_due(run: Run, trainee: Trainee) -> bool:
-    """At step 0, every so many steps, and at the end."""
+    """At step 0, every so many steps, and at the end of each stage."""
     every, step = run.setup.config.validation.every_steps, trainee.step
-    return bool(run.dev_sets) and (step % every == 0 or step >= run.setup.steps)
+    return bool(run.dev_sets) and (step % every == 0 or step >= run.part(trainee).last)
 
 
 def validate_if_due(run: Run, trainee: Trainee) -> bool:

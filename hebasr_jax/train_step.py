@@ -5,6 +5,7 @@ batch (int16 waves, token ids)
   -> gradients, added in float32 -> clip -> optimiser -> new state, unless something is not finite
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,12 +56,14 @@ class StepMetrics:
     tokens: target tokens.
     grad_norm: global, before clipping.
     skipped: loss or gradient was not finite; weights and moments are as before.
+    rates: of each group, as this step applied them.
     """
 
     loss: Any
     tokens: Any
     grad_norm: Any
     skipped: Any
+    rates: Any
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Step:
     audio_s: the bucket's length after speed perturbation, in seconds.
     micro_batches: parts that the batch's rows are cut into; their gradients are added.
     loss_rows: see `loss.next_token_loss`.
+    rates: from the optimiser's state to the rate of each group in this step, to be told.
     gather: weights are gathered whole once a step, or each layer when it runs.
     """
 
@@ -81,6 +85,7 @@ class Step:
     audio_s: int
     micro_batches: int = 1
     loss_rows: int | None = None
+    rates: Callable[[Any], dict[str, Array]] = lambda state: {}
     gather: str = "step"
 
 
@@ -124,7 +129,8 @@ def train_step(
             (state.trained, state.moments),
         )
     new_state = TrainState(state.step + 1, trained, state.frozen, moments)
-    return new_state, StepMetrics(loss, jnp.sum(batch.in_loss_BX), norm, ~finite)
+    rates = step.rates(state.moments)
+    return new_state, StepMetrics(loss, jnp.sum(batch.in_loss_BX), norm, ~finite, rates)
 
 
 def micro_loss(

@@ -184,20 +184,23 @@ def validate(
             pairs = zip(clips, hypotheses, strict=True)
             texts += [(clip, text) for clip, text in pairs if clip is not None]
         texts.sort(key=lambda pair: pair[0].id)
+        groups = _groups([clip for clip, _ in texts])
         scores[dev.name] = {
             "loss": loss / max(count, 1),
             "left_out": sum(dev.left_out.values()),
             **score(
                 [clip.text for clip, _ in texts],
                 [text for _, text in texts],
-                _groups([clip for clip, _ in texts]),
+                groups,
                 resamples=config.validation.bootstrap,
                 seed=config.seed,
             ),
             "samples": [
-                {"id": clip.id, "reference": clip.text, "hypothesis": text}
-                for clip, text in texts[:: max(1, len(texts) // max(config.validation.samples, 1))]
-            ][: config.validation.samples],
+                {"id": clip.id, "group": group, "reference": clip.text, "hypothesis": text}
+                for (clip, text), group in zip(texts, groups or [""] * len(texts), strict=True)
+            ][:: max(1, len(texts) // max(config.validation.samples, 1))][
+                : config.validation.samples
+            ],
         }
     return scores
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from test_train_step import OPTIM, make_batch, make_step
+from test_train_step import ALL, make_batch, make_step
 
 from hebasr_jax.distributed import place_rows, place_whole
 from hebasr_jax.paths import flat
@@ -22,8 +22,8 @@ BATCHES = [make_batch([32000, 9000, 20011, 5000] * 4, seed=seed) for seed in ran
 def run(devices: int, **changes) -> dict:
     """Three steps on so many devices."""
     mesh = make_mesh(devices)
-    optim = replace(OPTIM, decoder=Group(1e-3, trained_layers=2))
-    step, state = make_step(optim, mesh=mesh, **changes)
+    stage = replace(ALL, decoder=Group(1e-3, trained_layers=2))
+    step, state = make_step(stage, mesh=mesh, **changes)
     state = jax.tree.map(lambda x, s: place_whole(np.asarray(x), s), state, shardings(state, mesh))
     batches = [jax.tree.map(lambda x: place_rows(x, rows(mesh)), batch) for batch in BATCHES]
     compiled = compile_step(step, state, batches[0], None)

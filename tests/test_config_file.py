@@ -26,9 +26,10 @@ from hebasr_jax.config_file import (
 )
 from hebasr_jax.errors import UserError
 from hebasr_jax.field_types import typed
-from hebasr_jax.run_config import Config, Data, Source
+from hebasr_jax.run_config import Config, Data, Mix, Source, Stage
 
 PACKAGE = Path(__file__).parents[1] / "hebasr_jax"
+CONFIGS = ("run_config", "run_setup")
 HEAD = "from dataclasses import replace\nfrom hebasr_jax.run_config import *\n"
 
 
@@ -68,37 +69,39 @@ TWO_SETS = 'Config(data=Data(train=(Source("a", "a.jsonl"), Source("ב", "b", sh
 
 def test_a_file_and_its_overrides_with_where_each_value_came_from(tmp_path) -> None:
     path = write(tmp_path, 'Config(name="שלום", train=Train(steps=7, log_steps=10))')
-    loaded = load_config(path, ["optim.decoder.learning_rate=3e-5", "train.epochs=1"])
+    loaded = load_config(path, ["stages.0.decoder.learning_rate=3e-5", "train.keep_last=1"])
     assert loaded.config.name == "שלום"
-    assert loaded.config.optim.decoder.learning_rate == 3e-5
+    assert loaded.config.stages[0].decoder.learning_rate == 3e-5
     assert set(loaded.origins) == set(flatten(loaded.config))
     others = {at: origin for at, origin in loaded.origins.items() if origin != "default"}
     assert others == {
         "name": str(path),
         "train.steps": str(path),
-        "optim.decoder.learning_rate": "--set",
-        "train.epochs": "--set",
+        "stages.0.decoder.learning_rate": "--set",
+        "train.keep_last": "--set",
     }
 
 
 def test_origins_of_sets(tmp_path) -> None:
     """A name has no default; columns have; a group's default is that of the whole, not its own."""
-    path = write(tmp_path, TWO_SETS.replace("Config(", "Config(optim=Optim(decoder=Group(0.0)), "))
+    path = write(
+        tmp_path, TWO_SETS.replace("Config(", "Config(stages=(Stage(decoder=Group(0.0)),), ")
+    )
     origins = load_config(path, ["data.train.1.columns.text=sentence"]).origins
     assert origins["data.train.0.name"] == str(path)
     assert origins["data.train.0.columns.text"] == "default"
     assert origins["data.train.1.columns.text"] == "--set"
     assert origins["data.dev"] == "default"
-    assert origins["optim.decoder.learning_rate"] == str(path)
-    assert origins["optim.encoder.learning_rate"] == "default"
+    assert origins["stages.0.decoder.learning_rate"] == str(path)
+    assert origins["stages.0.encoder.learning_rate"] == "default"
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("seed=12", 12),
-        ("optim.encoder.learning_rate=1", 1.0),
-        ("optim.encoder.learning_rate=2e-5", 2e-5),
+        ("stages.0.encoder.learning_rate=1", 1.0),
+        ("stages.0.encoder.learning_rate=2e-5", 2e-5),
         ("model.path=a=b.c", "a=b.c"),
         ("model.revision=main", "main"),
         ("model.revision=None", None),
@@ -132,10 +135,19 @@ def test_the_last_override_wins_and_pairs_are_judged_together(tmp_path) -> None:
     ("override", "parts"),
     [
         ("seed", ["--set seed sets nothing", "--set train.steps=10"]),
-        ("optim.decoder.lerning_rate=1", ["did you mean optim.decoder.learning_rate?", "decay"]),
-        ("optm.decoder.learning_rate=1", ["did you mean optim.decoder.learning_rate?", "seed"]),
+        (
+            "stages.0.decoder.lerning_rate=1",
+            ["did you mean stages.0.decoder.learning_rate?", "decay"],
+        ),
+        (
+            "stage.0.decoder.learning_rate=1",
+            ["did you mean stages.0.decoder.learning_rate?", "seed"],
+        ),
         ("keep_last=1", ["did you mean train.keep_last?"]),
-        ("optim.decoder=1", ["a group of fields", "set one: optim.decoder.learning_rate=..."]),
+        (
+            "stages.0.decoder=1",
+            ["a group of fields", "set one: stages.0.decoder.learning_rate=..."],
+        ),
         ("data.train.2.path=x", ["no field data.train.2.path", "of data.train are 0, 1"]),
         ("seed.x=1", ["no field seed.x"]),
         ("seed=1.5", ["seed = '1.5'", "a whole number, such as 8"]),
@@ -224,9 +236,10 @@ def test_a_file_builds_on_its_neighbour_and_leaves_no_trace(tmp_path, monkeypatc
 
 
 def test_every_number_has_a_range_and_every_range_a_number() -> None:
-    sets = Data(train=(Source("a", "b", share=0.5),), dev=(Source("c", "d", share=0.5),))
+    train, dev, test = ((Source(name, "b", share=0.5),) for name in "abc")
+    sets, stage = Data(train=train, dev=dev, test=test), Stage(mix=(Mix("a", 0.5),))
     used = set()
-    for at, hint in hints_of(Config(data=sets)).items():
+    for at, hint in hints_of(Config(data=sets, stages=(stage,))).items():
         if {int, float} & {hint, *typing.get_args(hint)}:
             low, high = range_of(at)
             assert low < high
@@ -268,7 +281,7 @@ def hints_of(node: object, prefix: str = "") -> dict[str, typing.Any]:
         "augment.band_hz=300,9000",
         "augment.speed_factors=",
         "optim.beta2=1.0",
-        "optim.decoder.layer_decay=0",
+        "stages.0.decoder.layer_decay=0",
         "data.min_clip_s=31",
         "data.train.1.name=a",
         "name=../other",
@@ -289,8 +302,8 @@ VALUES = {
     "seed": st.integers(0, 2**32 - 1),
     "augment.speed_factors": st.lists(st.floats(0.5, 2), min_size=1).map(tuple),
     "augment.noise_path": st.none() | WORDS,
-    "optim.decoder.learning_rate": st.floats(0, 1),
-    "optim.decoder.trained_layers": st.none() | st.integers(1, 50),
+    "stages.0.decoder.learning_rate": st.floats(0, 1),
+    "stages.0.decoder.trained_layers": st.none() | st.integers(1, 50),
     "text.language_in_prompt": st.booleans(),
     "compute.remat": st.sampled_from(["none", "dots", "full"]),
 }
@@ -317,9 +330,9 @@ def test_differences_and_dumps_of_another_version(tmp_path) -> None:
         "seed": (0, 3),
         "augment.speed_factors": ([1.0], [0.9, 1.1]),
     }
-    less = {at: entry for at, entry in old.items() if at != "train.epochs"}
-    assert differences(less, old) == {"train.epochs": ("absent", 1)}
-    with pytest.raises(UserError, match=r"no train\.epochs"):
+    less = {at: entry for at, entry in old.items() if at != "train.keep_last"}
+    assert differences(less, old) == {"train.keep_last": ("absent", 2)}
+    with pytest.raises(UserError, match=r"no train\.keep_last"):
         config_of(less)
     with pytest.raises(UserError, match=r"no field train\.epoch"):
         config_of({**old, "train.epoch": {"value": 1, "origin": "default"}})
@@ -343,8 +356,8 @@ def test_reading_a_config_does_not_import_jax() -> None:
 def test_every_field_is_read_somewhere() -> None:
     """A field that no module reads is a promise to the user that nobody keeps.
 
-    It counts as read where a module that imports run_config, and is not about configs, reads an
-    attribute of that name, or where a group's name stands in optim's table.
+    It counts as read where a module that imports run_config or run_setup, and is not about
+    configs, reads an attribute of that name, or where a group's name stands in optim's table.
     """
     from hebasr_jax.optim import GROUPS
 
@@ -352,7 +365,7 @@ def test_every_field_is_read_somewhere() -> None:
     about_configs = {PACKAGE / name for name in ("run_config.py", "config_file.py", "dry_run.py")}
     for path in set(PACKAGE.rglob("*.py")) - about_configs:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        if any(isinstance(n, ast.ImportFrom) and "run_config" in str(n.module) for n in nodes):
+        if any(isinstance(n, ast.ImportFrom) and str(n.module).endswith(CONFIGS) for n in nodes):
             read |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
     fields = {
         f"{cls.__name__}.{field.name}": field.name

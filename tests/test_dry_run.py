@@ -24,7 +24,8 @@ from hebasr_jax.flops import train_flops
 from hebasr_jax.model.asr import Inputs, abstract_params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.optim import RateRow
-from hebasr_jax.run_config import Augment, Computation, Config, Group, Optim
+from hebasr_jax.rate_tables import layer_rows, rate_rows
+from hebasr_jax.run_config import Augment, Computation, Config, Group, Stage
 from hebasr_jax.sharding import make_mesh
 from hebasr_jax.step_memory import Memory, Shape, compiled_bytes, memory_estimate
 from hebasr_jax.tiny import write_tiny_model
@@ -91,22 +92,21 @@ MEDIUM = ModelConfig(
 )
 WORDY = dataclasses.replace(MEDIUM, decoder=dataclasses.replace(MEDIUM.decoder, vocab_size=60000))
 STEMMY = dataclasses.replace(MEDIUM, encoder=dataclasses.replace(MEDIUM.encoder, conv_channels=128))
-FROZEN = Optim(conv_stem=Group(0.0), encoder=Group(0.0), projector=Group(0.0))
+FROZEN = Stage(conv_stem=Group(0.0), encoder=Group(0.0), projector=Group(0.0))
 TOP = dataclasses.replace(FROZEN, embedding=Group(0.0), decoder=Group(1e-5, trained_layers=2))
 
 
-def run(
-    remat: str = "full", settings: Optim | None = None, dtype: str = "float32", **more
-) -> Config:
+def run(remat: str = "full", stage: Stage | None = None, dtype: str = "float32", **more) -> Config:
     compute = Computation(dtype=dtype, remat=remat, **more)
-    return Config(compute=compute, optim=settings or Optim())
+    return Config(compute=compute, stages=(stage or Stage(),))
 
 
 def compiled_step(model: ModelConfig, config: Config, shape: Shape, kernel: str = "xla") -> int:
     """The compiler's figure for a step on one device; nothing is run."""
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(model))
-    trained, frozen = optim.split(params, config.optim)
-    optimizer = optim.make_optimizer(config.optim, trained, 10)
+    [stage] = config.stages
+    trained, frozen = optim.split(params, stage)
+    optimizer = optim.make_optimizer(config.optim, stage, trained, 10)
     state = jax.eval_shape(lambda a, b: init_state(a, b, optimizer), trained, frozen)
     rows, text = shape.rows, shape.text_tokens
     sizes = {
@@ -133,15 +133,16 @@ def compiled_step(model: ModelConfig, config: Config, shape: Shape, kernel: str 
 
 
 def estimated(model: ModelConfig, config: Config, shape: Shape, kernel: str = "xla") -> Memory:
-    rates = optim.rate_table(abstract_params(model), config.optim)
-    return memory_estimate(model, config, rates, shape, kernel=kernel)
+    [stage] = config.stages
+    rates = optim.rate_table(abstract_params(model), stage)
+    return memory_estimate(model, config, stage, rates, shape, kernel=kernel)
 
 
 def kept(model: ModelConfig, config: Config, rows: int) -> int:
     """Bytes that JAX keeps for the backward pass; XLA may still merge some."""
     compute = Compute(jnp.dtype(config.compute.dtype), "xla", config.compute.remat)
     trained, frozen = jax.eval_shape(
-        lambda tree: [cast(part, compute.dtype) for part in optim.split(tree, config.optim)],
+        lambda tree: [cast(part, compute.dtype) for part in optim.split(tree, config.stages[0])],
         abstract_params(model),
     )
 
@@ -166,19 +167,19 @@ DEEP = dataclasses.replace(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("remat", "settings", "bound"),
+    ("remat", "stage", "bound"),
     [
-        ("none", Optim(), 0.03),
-        ("dots", Optim(), 0.01),
-        ("full", Optim(), 0.03),
-        ("dots", Optim(encoder=Group(0.0)), 0.01),
+        ("none", Stage(), 0.03),
+        ("dots", Stage(), 0.01),
+        ("full", Stage(), 0.03),
+        ("dots", Stage(encoder=Group(0.0)), 0.01),
         ("dots", FROZEN, 0.01),
         ("full", TOP, 0.04),
     ],
     ids=["none", "dots", "full", "stem", "decoder", "top 2"],
 )
-def test_what_waits_for_the_backward_pass_is_what_jax_keeps(remat, settings, bound, dtype) -> None:
-    config = run(remat, settings, dtype)
+def test_what_waits_for_the_backward_pass_is_what_jax_keeps(remat, stage, bound, dtype) -> None:
+    config = run(remat, stage, dtype)
     jaxs = kept(DEEP, config, 3) - kept(DEEP, config, 2)  # weights do not count twice
     ours = estimated(DEEP, config, Shape(rows=1, audio_s=8, text_tokens=56))
     parts = ours.stem + ours.encoder + ours.decoder + ours.ends
@@ -203,16 +204,16 @@ def test_memory_is_the_gpu_compilers_at_full_size(remat) -> None:
 
 def test_sharing_and_settings_change_the_parts_they_should() -> None:
     shape = Shape(rows=4, audio_s=10, text_tokens=60)
-    rates = optim.rate_table(abstract_params(LARGE), Optim())
+    rates = optim.rate_table(abstract_params(LARGE), stage := Stage())
     one, eight, layer = (
-        memory_estimate(LARGE, run(dtype="bfloat16", **more), rates, shape, devices=devices)
+        memory_estimate(LARGE, run(dtype="bfloat16", **more), stage, rates, shape, devices=devices)
         for devices, more in ((1, {}), (8, {}), (8, {"gather": "layer"}))
     )
     assert one.weights == 8 * eight.weights == 2 * one.copy == 8 * layer.weights
     assert one.moments == 8 * eight.moments
     assert (eight.copy, layer.copy) == (one.copy, one.copy // 8)
     assert one.gradients == eight.gradients > layer.gradients
-    tiled = memory_estimate(LARGE, run(loss_rows=60), rates, shape)
+    tiled = memory_estimate(LARGE, run(loss_rows=60), stage, rates, shape)
     assert 4 * tiled.logits == one.logits
 
 
@@ -224,9 +225,10 @@ RATES = [
 
 
 def test_tables_of_rates() -> None:
-    rows = dry_run.rate_rows(RATES)
+    rows = rate_rows(RATES, {"decoder": (1e-5, 2e-5), "embedding": (1e-6,)})
     assert [row["peak rate"] for row in rows] == ["frozen", "2e-05", "1e-06"]
-    assert dry_run.layer_rows(RATES) == [
+    assert [row["measured"] for row in rows] == ["0", "2e-05", "1e-06"]
+    assert layer_rows(RATES) == [
         {"stack": "encoder", "layers": "0-1", "peak rate": "frozen"},
         {"stack": "decoder", "layers": "0-1", "peak rate": "frozen"},
         {"stack": "decoder", "layers": "2", "peak rate": "1e-05"},
@@ -245,8 +247,8 @@ def test_the_config_shows_what_was_set_first() -> None:
 
 def test_memory_beside_the_compilers_figure() -> None:
     shape, memory = Shape(4, 10, 60), Memory(*[2**30] * 10)
-    assert "error" not in dry_run.memory_rows({shape: memory})[0]
-    row = dry_run.memory_rows({shape: memory}, {shape: 8 * 2**30})[0]
+    assert "error" not in dry_run.memory_row(shape, memory)
+    row = dry_run.memory_row(shape, memory, 8 * 2**30)
     assert (row["bucket"], row["GiB"], row["error"]) == ("4 x 10 s + 60 tokens", "10.00", "+25 %")
 
 
@@ -313,13 +315,13 @@ def corpus(tmp_path_factory) -> Path:
 
 def test_a_dry_run_tells_all_and_leaves_nothing(corpus, capsys) -> None:
     before = sorted(corpus.rglob("*"))
-    dry_run.dry_run(load_config(corpus / "config.py", ["optim.encoder.learning_rate=0"]))
+    dry_run.dry_run(load_config(corpus / "config.py", ["stages.0.encoder.learning_rate=0"]))
     assert sorted(corpus.rglob("*")) == before
     out = capsys.readouterr().out
     config, _, rest = out.partition("\nLearning rates\n")
     assert re.search(r"\* +data\.batch_clips +2 +.*config\.py", config)
-    assert re.search(r"\* +optim\.encoder\.learning_rate +0\.0 +--set", config)
-    assert re.search(r"\n +optim\.decoder\.learning_rate +2e-05 +default", config)
+    assert re.search(r"\* +stages\.0\.encoder\.learning_rate +0\.0 +--set", config)
+    assert re.search(r"\n +stages\.0\.decoder\.learning_rate +2e-05 +default", config)
     rates, _, rest = rest.partition("\nPlan of the first epoch, by bucket")
     assert re.search(r"\nencoder .* 0 +frozen", rates)
     assert re.search(r"\ndecoder +0-2 +2e-05", rates)

@@ -18,7 +18,7 @@ from hebasr_jax.flops import train_flops
 from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.optim import make_optimizer, rate_table, split
-from hebasr_jax.run_config import Augment, Computation, Config, Optim
+from hebasr_jax.run_config import Augment, Computation, Config, Optim, Stage
 from hebasr_jax.sharding import make_mesh
 from hebasr_jax.train_step import Step, compile_step, init_state
 
@@ -63,8 +63,8 @@ def test_a_step_of_32_clips_of_30_seconds(name, augment, remat) -> None:
     """Finite, learns its batch, repeats itself bit for bit; time and memory are printed."""
     optim = Optim(warmup_steps=1)
     config = Config(optim=optim, compute=Computation(remat=remat))
-    trained, frozen = split(random_params(LARGE, jnp.float32), optim)
-    optimizer = make_optimizer(optim, trained, 100)
+    trained, frozen = split(random_params(LARGE, jnp.float32), Stage())
+    optimizer = make_optimizer(optim, Stage(), trained, 100)
     compute = Compute(jnp.bfloat16, "cudnn", remat)
     step = Step(LARGE, compute, augment, optimizer, make_mesh(1), audio_s=SECONDS)
     state = jax.jit(lambda t, f: init_state(t, f, optimizer), donate_argnums=(0, 1))(
@@ -119,8 +119,8 @@ def test_a_step_repeats_itself_bit_for_bit() -> None:
         decoder=replace(LARGE.decoder, layers=4),
     )
     optim = Optim(warmup_steps=1)
-    trained, frozen = split(random_params(config, jnp.float32), optim)
-    optimizer = make_optimizer(optim, trained, 100)
+    trained, frozen = split(random_params(config, jnp.float32), Stage())
+    optimizer = make_optimizer(optim, Stage(), trained, 100)
     compute = Compute(jnp.bfloat16, "cudnn", "dots")
     step = Step(config, compute, AUGMENT, optimizer, make_mesh(1), audio_s=10)
     batch = jax.device_put(batch_of(16, 10))

@@ -24,7 +24,7 @@ from hebasr_jax.optim import (
     split,
 )
 from hebasr_jax.paths import flat, look_up
-from hebasr_jax.run_config import Group, Optim
+from hebasr_jax.run_config import Group, Optim, Stage
 from hebasr_jax.tiny import TINY
 
 FROZEN = Group(0.0)
@@ -43,8 +43,8 @@ def test_a_parameter_without_a_group_is_an_error() -> None:
 @pytest.mark.parametrize("layers", [None, 1, 2, 3])
 def test_split_and_join_are_inverse(layers) -> None:
     params = init_params(TINY, jax.random.key(0))
-    config = Optim(conv_stem=FROZEN, encoder=FROZEN, decoder=Group(1e-3, trained_layers=layers))
-    trained, frozen = split(params, config)
+    stage = Stage(conv_stem=FROZEN, encoder=FROZEN, decoder=Group(1e-3, trained_layers=layers))
+    trained, frozen = split(params, stage)
     whole = join(trained, frozen)
     assert jax.tree.structure(whole) == jax.tree.structure(params)
     jax.tree.map(np.testing.assert_array_equal, whole, params)
@@ -81,20 +81,17 @@ def test_layer_rates_decay_downwards_and_are_zero_where_frozen(layers, decay, da
 
 def test_an_update_has_the_rate_of_its_group_and_layer() -> None:
     """With Adam's first step every update is its rate, whatever the gradient."""
-    config = Optim(
+    stage = Stage(
         encoder=Group(1e-3, layer_decay=0.5),
         decoder=Group(2e-3, layer_decay=0.1, trained_layers=2),
         projector=Group(4e-3),
         embedding=FROZEN,
         conv_stem=FROZEN,
-        weight_decay=0.0,
-        epsilon=1e-30,
-        warmup_steps=0,
-        final_rate=1.0,
     )
+    config = Optim(weight_decay=0.0, epsilon=1e-30, warmup_steps=0, final_rate=1.0)
     params = init_params(TINY, jax.random.key(0))
-    trained, _ = split(params, config)
-    optimizer = make_optimizer(config, trained, 10)
+    trained, _ = split(params, stage)
+    optimizer = make_optimizer(config, stage, trained, 10)
     grads = jax.tree.map(lambda w: jnp.full(w.shape, -3e-4), trained)
     updates = flat(optimizer.update(grads, optimizer.init(trained), trained)[0])
     for path, expected in {
@@ -112,7 +109,7 @@ def test_an_update_has_the_rate_of_its_group_and_layer() -> None:
 def test_weights_decay_only_where_they_are_matrices() -> None:
     config = Optim(weight_decay=0.1, warmup_steps=0)
     params = init_params(TINY, jax.random.key(0))
-    optimizer = make_optimizer(config, params, 10)
+    optimizer = make_optimizer(config, Stage(), params, 10)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates = flat(optimizer.update(zeros, optimizer.init(params), params)[0])
     for path, update in updates.items():
@@ -124,7 +121,7 @@ def test_clipping_is_by_the_norm_of_all_groups_together() -> None:
     """Moments after one update are (1 - beta1) times the clipped gradient."""
     config = Optim(clip_norm=1.0, beta1=0.0)
     params = init_params(TINY, jax.random.key(0))
-    optimizer = make_optimizer(config, params, 10)
+    optimizer = make_optimizer(config, Stage(), params, 10)
     grads = jax.tree.map(lambda w: jnp.full(w.shape, 0.1), params)
     _, moments = optimizer.update(grads, optimizer.init(params), params)
     means = [
@@ -138,7 +135,7 @@ def test_clipping_is_by_the_norm_of_all_groups_together() -> None:
 def test_muon_is_for_layer_matrices_only_and_makes_them_orthogonal() -> None:
     config = Optim(matrices="muon", weight_decay=0.0, warmup_steps=0, final_rate=1.0, clip_norm=1e9)
     params = init_params(TINY, jax.random.key(0))
-    optimizer = make_optimizer(config, params, 10)
+    optimizer = make_optimizer(config, Stage(), params, 10)
     keys = jax.random.split(jax.random.key(1), len(flat(params)))
     grads = jax.tree.unflatten(
         jax.tree.structure(params),
@@ -153,9 +150,9 @@ def test_muon_is_for_layer_matrices_only_and_makes_them_orthogonal() -> None:
 
 
 def test_the_table_counts_what_is_trained() -> None:
-    config = Optim(decoder=Group(1e-4, trained_layers=1), encoder=FROZEN)
-    rows = {row.group: row for row in rate_table(abstract_params(TINY), config)}
-    trained, _ = split(init_params(TINY, jax.random.key(0)), config)
+    stage = Stage(decoder=Group(1e-4, trained_layers=1), encoder=FROZEN)
+    rows = {row.group: row for row in rate_table(abstract_params(TINY), stage)}
+    trained, _ = split(init_params(TINY, jax.random.key(0)), stage)
     assert sum(r.trained_parameters for r in rows.values()) == sum(
         w.size for w in jax.tree.leaves(trained)
     )
@@ -167,14 +164,14 @@ def test_the_table_counts_what_is_trained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("stage", "message"),
     [
-        (Optim(decoder=Group(1e-4, trained_layers=4)), "3 layers"),
-        (Optim(decoder=Group(1e-4, trained_layers=0)), "cannot be had"),
-        (Optim(projector=Group(1e-4, trained_layers=1)), "no stack"),
-        (replace(Optim(), **dict.fromkeys(dict(g[::-1] for g in GROUPS), FROZEN)), "nothing"),
+        (Stage(decoder=Group(1e-4, trained_layers=4)), "3 layers"),
+        (Stage(decoder=Group(1e-4, trained_layers=0)), "cannot be had"),
+        (Stage(projector=Group(1e-4, trained_layers=1)), "no stack"),
+        (replace(Stage(), **dict.fromkeys(dict(g[::-1] for g in GROUPS), FROZEN)), "nothing"),
     ],
 )
-def test_impossible_groups_are_refused(config, message) -> None:
+def test_impossible_groups_are_refused(stage, message) -> None:
     with pytest.raises(UserError, match=message):
-        check_groups(abstract_params(TINY), config)
+        check_groups(abstract_params(TINY), stage)

@@ -25,8 +25,10 @@ LEVELS = [
     {"loss", "generate", "weights", "layout", "data.sources", "data.pipeline", "checkpoint"},
     {"export", "trained", "data.prepare", "train_step", "average", "throughput", "step_memory"},
     {"transcribe"},
-    {"writers", "tiny", "validate", "run_setup", "data.prepare_command", "demo_corpus"},
-    {"train", "dry_run", "demo"},
+    {"writers", "tiny", "validate", "stages", "data.prepare_command", "demo_corpus"},
+    {"run_setup", "rate_tables"},
+    {"running", "dry_run", "demo"},
+    {"train"},
     {"cli"},
     {"__main__"},
 ]

@@ -121,7 +121,7 @@ def test_the_broken_clip_is_on_record_and_the_run_went_on(whole) -> None:
 
 def test_exactly_the_tensors_that_are_trained_change(space, whole) -> None:
     """Bug 2 of the project before: parts that were to be trained were never updated."""
-    changes = ("name=top", "optim.decoder.trained_layers=1", "optim.encoder.learning_rate=0")
+    changes = ("name=top", "stages.0.decoder.trained_layers=1", "stages.0.encoder.learning_rate=0")
     small = ("data.buckets=1", "train.steps=2", "validation.every_steps=0", "data.micro_audio_s=64")
     train(space, *settings(*changes, *small))
     after = flat(load_trained(space / "runs" / "top" / "checkpoints" / "2"))

@@ -180,7 +180,7 @@ BAD_INPUT = {
     "no model": (("model.path=nowhere",), "nowhere"),
     "no rates": (
         tuple(
-            f"optim.{group}.learning_rate=0"
+            f"stages.0.{group}.learning_rate=0"
             for group in ("conv_stem", "encoder", "projector", "embedding", "decoder")
         ),
         "nothing is trained",

@@ -43,7 +43,8 @@ def get_config():
             time_masks=1, time_mask_frames=10, mel_masks=1, mel_mask_bins=8,
         ),
         compute=Computation(dtype="float32", remat="none", cache_dir=CACHE),
-        optim=Optim(group, group, group, group, group, warmup_steps=3),
+        optim=Optim(warmup_steps=3),
+        stages=(Stage("train", 1, None, (), False, group, group, group, group, group),),
         train=Train(steps=30, checkpoint_steps=8, keep_last=9, keep_best=0, log_steps=3),
         validation=Validation(every_steps=10, bootstrap=50, batch_audio_s=8.0),
     )

@@ -8,8 +8,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -65,6 +65,19 @@ class Table:
     def set_of(self, clip: int) -> int:
         """The set that a row of the table belongs to."""
         return int(np.searchsorted(self.first_S, clip, side="right")) - 1
+
+
+def select_sets(table: Table, shares: Mapping[str, float | None]) -> Table:
+    """The clips of some of a table's sets, in its order, with other shares."""
+    chosen = [n for n, info in enumerate(table.sets) if info.name in shares]
+    kept_C = np.isin(np.repeat(np.arange(len(table.sets)), np.diff(table.first_S)), chosen)
+    columns = {
+        column.name: getattr(table, column.name)[kept_C]
+        for column in fields(table)
+        if column.name != "sets"
+    }
+    sets = (table.sets[n] for n in chosen)
+    return Table(tuple(info._replace(share=shares[info.name]) for info in sets), **columns)
 
 
 @dataclass(frozen=True, eq=False)

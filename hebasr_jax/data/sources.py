@@ -53,8 +53,16 @@ class _Found(NamedTuple):
 
 
 def open_sources(sources: Sequence[Source]) -> list[ClipSet]:
-    """`open_source` of each; `describe` tells what was kept and lost."""
+    """`open_source` of each; `describe` tells what was kept and lost. All must be there first."""
+    if absent := [source for source in sources if not is_there(source)]:
+        raise _absent(absent)
     return [open_source(source) for source in sources]
+
+
+def is_there(source: Source) -> bool:
+    """Whether anything lies where a set should be."""
+    path = Path(source.path).expanduser()
+    return path.exists() or bool(glob.glob(str(path), recursive=True))
 
 
 def open_source(source: Source) -> ClipSet:
@@ -100,6 +108,21 @@ def open_source(source: Source) -> ClipSet:
     )
 
 
+def _absent(sources: Sequence[Source]) -> UserError:
+    """What to do about sets that are not there: fetch those of the hub, or mend the path."""
+    paths = ", ".join(source.path for source in sources)
+    hubs = list(dict.fromkeys(source.hub for source in sources if source.hub))
+    if not hubs:
+        return UserError(f"{paths}: no such file or folder", "", "Check the path of the set.")
+    return UserError(
+        f"{paths}: no such file or folder",
+        f"these are made from the hub's {', '.join(hubs)}, which are gated: accept their terms "
+        "on https://huggingface.co/datasets/... and log in with `hf auth login`",
+        f"then hf download --repo-type dataset {hubs[0]} and hebasr prepare --help, or set "
+        "data.train.0.path to data of your own",
+    )
+
+
 def describe(clip_set: ClipSet) -> str:
     """One line for the user: clips and hours kept, rows lost and why."""
     hours = sum(clip.duration_s for clip in clip_set.clips) / 3600
@@ -130,7 +153,7 @@ def _parquet_files(path: Path) -> tuple[list[Path], Path]:
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
         folder = Path(os.path.commonpath([file.parent for file in files] or [path.parent]))
     if not path.exists() and not files:
-        raise UserError(f"{path}: no such file or folder", "", "Check the path of the set.")
+        raise _absent([Source(path.name, str(path))])
     if not files:
         below = [str(file.parent) for file in sorted(path.glob(f"*/**/{SET_FILE}"))]
         raise UserError(

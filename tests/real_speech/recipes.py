@@ -7,6 +7,7 @@ from typing import Literal
 
 from hebasr_jax.config import ModelConfig
 from hebasr_jax.demo_corpus import learn_merges
+from hebasr_jax.optim import GROUP_NAMES
 from hebasr_jax.run_config import (
     Augment,
     Computation,
@@ -16,6 +17,7 @@ from hebasr_jax.run_config import (
     Model,
     Optim,
     Source,
+    Stage,
     Text,
     Train,
     Validation,
@@ -33,7 +35,7 @@ class Recipe:
 
     train: manifests below the folder of sets, with their shares. test: sets whose test parts are
     scored, of each its first `test_clips`. merges: byte pairs of the tokenizer. width: of both
-    stacks. validate_steps: also between checkpoints.
+    stacks. validate_steps: also between checkpoints. rate: of all groups.
     """
 
     train: tuple[tuple[str, float], ...]
@@ -45,6 +47,7 @@ class Recipe:
     steps: int
     validate_steps: int
     buckets: int
+    rate: float
     optim: Optim
     augment: Augment
     stamps: bool = False
@@ -65,12 +68,6 @@ class Run:
         return f"{self.recipe}-{self.engine}-{self.seed}"
 
 
-def _optim(rate: float, **changes) -> Optim:
-    groups = ("conv_stem", "encoder", "projector", "embedding", "decoder")
-    rates = {name: Group(rate) for name in groups}
-    return replace(Optim(warmup_steps=100), **(rates | changes))
-
-
 # The same AdamW in both engines, no augmentation: the losses can be compared step by step.
 _PLAIN = Recipe(
     train=(("fsdd/train", 1.0),),
@@ -82,7 +79,8 @@ _PLAIN = Recipe(
     steps=1200,
     validate_steps=400,
     buckets=2,
-    optim=_optim(1e-3, epsilon=1e-6, clip_norm=0.5, warmup_steps=200),
+    rate=1e-3,
+    optim=Optim(epsilon=1e-6, clip_norm=0.5, warmup_steps=200),
     augment=Augment(),
 )
 # As well as a small model can in some minutes: Muon, augmentation, all the Hebrew there is.
@@ -96,7 +94,8 @@ _BEST = Recipe(
     steps=5000,
     validate_steps=1000,
     buckets=4,
-    optim=_optim(4e-3, matrices="muon", final_rate=0.02),
+    rate=4e-3,
+    optim=Optim(matrices="muon", final_rate=0.02, warmup_steps=100),
     augment=Augment(speed_factors=(0.9, 1.0, 1.1), time_masks=2, time_mask_frames=40, mel_masks=2),
 )
 _CHANT = (("chant/train", 0.5), ("chant/pieces", 0.5))
@@ -153,6 +152,7 @@ def make_config(run: Run, sets: Path, out: Path, shrink: float = 1.0) -> Config:
         augment=recipe.augment,
         compute=Computation(dtype="float32", remat="none", cache_dir=None),
         optim=recipe.optim,
+        stages=(Stage(**dict.fromkeys(GROUP_NAMES, Group(recipe.rate))),),
         train=Train(steps=steps, checkpoint_steps=every, keep_last=1, keep_best=0, log_steps=1),
         validation=Validation(
             every_steps=0 if recipe.stamps else every,

@@ -50,12 +50,13 @@ def train_in_torch(config: Config, deadline_s: float, *, reverse: bool = False) 
     folder.mkdir(parents=True)
     setup = set_up(config, folder / "model", folder / "quarantine.jsonl")
     [dev] = load_dev_sets(
-        setup.dev_sets, setup.tokenizer, config, setup.feed.quarantine, setup.mesh.size
+        setup.dev_sets, setup.tokenizer, config, setup.quarantine, setup.mesh.size
     )
-    model = load_model(setup.source)
+    feed = setup.parts[0].feed
+    model = load_model(setup.source.path)
     optimizer = make_adamw(model, config)
     every = config.validation.every_steps
-    with (folder / "metrics.jsonl").open("w") as log, stream(setup.feed, epochs=1 << 30) as items:
+    with (folder / "metrics.jsonl").open("w") as log, stream(feed, epochs=1 << 30) as items:
 
         def tell(**line: Any) -> None:
             print(json.dumps({"time_s": time.time(), **line}), file=log, flush=True)
@@ -63,7 +64,7 @@ def train_in_torch(config: Config, deadline_s: float, *, reverse: bool = False) 
         for step, item in zip(range(setup.steps), items, strict=False):
             if time.time() > deadline_s:
                 return
-            audio_s = setup.feed.buckets[item.bucket].audio_s
+            audio_s = feed.buckets[item.bucket].audio_s
             rows = torch_rows(setup, item.data, audio_s)
             if reverse:
                 rows = {name: x.flip(0) for name, x in rows.items()}
@@ -101,7 +102,7 @@ def make_adamw(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     groups = [
         {
             "params": [p for p in parameters if (p.ndim > 1) == matrices],
-            "peak": optim.decoder.learning_rate,
+            "peak": config.stages[0].decoder.learning_rate,
             "weight_decay": optim.weight_decay if matrices else 0.0,
         }
         for matrices in (True, False)
