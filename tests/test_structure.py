@@ -23,10 +23,10 @@ LEVELS = [
     {"model.encoder", "model.decoder", "data.decode", "data.quality", "data.draws", "page"},
     {"model.asr", "data.rows", "data.parquet", "data.shards", "data.plan", "data.table", "report"},
     {"loss", "generate", "weights", "layout", "data.sources", "data.pipeline", "checkpoint"},
-    {"export", "trained", "data.prepare", "train_step", "average", "throughput", "step_memory"},
-    {"transcribe"},
+    {"export", "trained", "data.prepare", "train_step", "members", "throughput", "step_memory"},
+    {"transcribe", "average"},
     {"writers", "tiny", "validate", "run_setup", "data.prepare_command", "demo_corpus"},
-    {"train", "dry_run", "demo"},
+    {"train", "dry_run", "demo", "average_command"},
     {"cli"},
     {"__main__"},
 ]
