@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from hebasr_jax import __version__
+from hebasr_jax.average_command import Average
 from hebasr_jax.config import Layout
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
@@ -246,6 +247,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "convert": Convert,
     "prepare": Prepare,
     "train": Train,
+    "average": Average,
     "demo": Demo,
 }
 

@@ -9,18 +9,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from hebasr_jax.average import average
+from hebasr_jax.average import compare, describe
 from hebasr_jax.config import DecoderConfig, EncoderConfig, ModelConfig
 from hebasr_jax.config_file import load_config
 from hebasr_jax.demo_corpus import Kind, best_kind, learn_merges, make_corpus
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
+from hebasr_jax.members import best_members, member_weights
 from hebasr_jax.model.asr import Params
 from hebasr_jax.run_config import Config, Source
-from hebasr_jax.run_folder import EXIT_RUN_AGAIN, read_json
+from hebasr_jax.run_folder import EXIT_RUN_AGAIN
 from hebasr_jax.tiny import with_merges, write_tiny_model
 from hebasr_jax.trained import load_trained, model_files
 from hebasr_jax.transcribe import Recognizer, load_recognizer, transcribe
@@ -126,23 +128,21 @@ def steps_taken(folder: Path) -> int:
 
 def finish(config: Config, folder: Path, files: Path, say: Say) -> None:
     """Averages the two best checkpoints, scores all three on unheard speech, exports the best."""
-    table = read_json(folder / "best.json")
-    saved = [step for step in table if (folder / "checkpoints" / step).exists()]
-    best = sorted(saved, key=lambda step: table[step]["wer"] or 0.0)[:2]
-    checkpoints = [folder / "checkpoints" / step for step in best]
-    members = {f"step {p.name}": load_trained(p) for p in checkpoints}
-    mean = average(members.values(), [1 / len(members)] * len(members))
-    candidates = {f"average of steps {' and '.join(best)}": mean, **members}
-    base = load_recognizer(str(checkpoints[0]), dtype="float32")
+    members = best_members([folder], best=2, by="wer", say=say)
+    base = load_recognizer(str(members[0].checkpoint), dtype="float32")
     say("6. The average of the two best checkpoints beside them, on the dev set")
-    wer = {}
-    for name, params in candidates.items():
-        wer[name] = told(base, params, name, config.data.dev[0], config, say)
-    chosen = min(wer, key=lambda name: wer[name])
+    chosen = compare(
+        members,
+        member_weights(members, "uniform"),
+        lambda member: load_trained(member.checkpoint),
+        lambda params: scored(base, params, config.data.dev[0], config),
+        say=lambda line: say(f"   {line}"),
+    )
+    assert chosen is not None
     say("7. Test: speakers and word sequences that training never had")
     source = Source("test", str(files / "corpus" / "test.jsonl"))
-    told(base, candidates[chosen], chosen, source, config, say)
-    export(candidates[chosen], base.config, model_files(checkpoints[0]), files, say)
+    say(f"   {describe(chosen.name, scored(base, chosen.params, source, config))}")
+    export(chosen.params, base.config, model_files(members[0].checkpoint), files, say)
     say(f"   report: {folder / 'report.html'}")
     say(
         f"Next: hebasr transcribe {files / 'export' / 'transformers'} YOUR_FILES, or your own data:"
@@ -150,18 +150,9 @@ def finish(config: Config, folder: Path, files: Path, say: Say) -> None:
     say("      hebasr train --config configs/finetune.py --dry-run")
 
 
-def told(
-    base: Recognizer, params: Params, name: str, source: Source, config: Config, say: Say
-) -> float:
-    """The WER of some weights on a set, after saying it with its interval."""
-    recognizer = replace(base, params=jax.device_put(params))
-    (scores,) = score_sets(recognizer, [source], config).values()
-    low, high = scores["ci95"]
-    say(
-        f"   {name}: WER {100 * scores['wer']:.1f} % [{100 * low:.1f}, {100 * high:.1f}], "
-        f"CER {100 * scores['cer']:.1f} %, {scores['clips']} clips"
-    )
-    return scores["wer"]
+def scored(base: Recognizer, params: Params, source: Source, config: Config) -> dict[str, Any]:
+    """Scores of some weights on one set."""
+    return score_sets(replace(base, params=jax.device_put(params)), [source], config)
 
 
 def export(params: dict, config: ModelConfig, source: Path, files: Path, say: Say) -> None:
