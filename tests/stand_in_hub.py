@@ -144,7 +144,9 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         told = f"{self.headers.get('Authorization')} in {self.path}"
-        self.answer(status, {"X-Error-Message": told} | headers, json.dumps({"error": told}).encode())
+        self.answer(
+            status, {"X-Error-Message": told} | headers, json.dumps({"error": told}).encode()
+        )
         return None
 
     def read_chunks(self) -> bytes:
@@ -219,8 +221,9 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.objects[value["oid"]]
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
-        told = {"commitOid": self.server.push(files), "commitUrl": self.headers["Authorization"]}
-        self.answer_json(told)
+        oid = self.server.push(files)
+        url = f"{self.server.address}/{MODEL}/commit/{oid}?told={self.headers['Authorization']}"
+        self.answer_json({"commitOid": oid, "commitUrl": url})
 
     def answer_json(self, content: object, status: int = 200) -> None:
         self.answer(status, {}, json.dumps(content).encode())
