@@ -23,10 +23,8 @@ def _palette(colours: Sequence[str]) -> str:
     return " ".join(f"--s{i}: {colour};" for i, colour in enumerate(colours))
 
 
-CSS = (
-    f":root {{ {_palette(_LIGHT)} }}\n"
-    f"@media (prefers-color-scheme: dark) {{ :root {{ {_palette(_DARK)} }} }}\n"
-    + "\n".join(
+_RULES = (
+    "\n".join(
         f".s{i} {{ stroke: var(--s{i}); color: var(--s{i}); stroke-dasharray: {dash}; }}"
         for i, dash in enumerate(_DASHES)
     )
@@ -47,6 +45,10 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
 .interval .span { stroke-width: 6; opacity: .4; } .interval .tick { stroke-width: 2; }
 .chart .bad { stroke: var(--wrong); stroke-width: 2; }
 """
+)
+CSS = (
+    f":root {{ {_palette(_LIGHT)} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {_palette(_DARK)} }} }}\n" + _RULES
 )
 
 
@@ -105,15 +107,42 @@ def line_chart(
     curves = [replace(curve, points=_thinned(curve.points)) for curve in curves if curve.points]
     if not curves:
         return ""
-    points = [point for curve in curves for point in curve.points]
-    x_axis = _across([point.x for point in points])
-    heights = (y for p in points for y in (p.y, p.low, p.high) if y is not None)
-    y_axis = _upwards([y for y in heights if math.isfinite(y)], log)
-    steps = [tick for tick in x_axis.ticks if tick % 1 == 0]
-    body = [*_grid(y_axis, write), *_x_labels(x_axis, steps, "{:,.0f}".format)]
-    for curve in curves:
-        body += _drawn(curve, x_axis, y_axis, write)
+    body = _plot(curves, write, log)
     return _figure(title, body, _legend(curves) if len(curves) > 1 else "")
+
+
+def line_charts_file(
+    charts: Sequence[tuple[str, Sequence[Curve], Callable[[Number], str]]],
+) -> str:
+    """An SVG file of `line_chart`s one below the other, on white; empty when no curve has a point.
+
+    Each is its title, its curves, and how its numbers are written; titles and names stand in it.
+    """
+    parts, top = [], 0
+    for title, curves, write in charts:
+        drawn = [replace(curve, points=_thinned(curve.points)) for curve in curves if curve.points]
+        if drawn:
+            head = [f'<text x="{_LEFT}" y="18" font-weight="bold">{html.escape(title)}</text>']
+            for row, curve in enumerate(drawn):
+                y = 38 + 18 * row
+                line = f'x1="{_LEFT}" x2="{_LEFT + 28}" y1="{y - 4}" y2="{y - 4}"'
+                head.append(f'<line class="{_style(curve)} curve" {line}/>')
+                head.append(f'<text x="{_LEFT + 36}" y="{y}">{html.escape(curve.name)}</text>')
+            plot = "".join(_plot(drawn, write, log=True))
+            below = 30 + 18 * len(drawn)
+            parts.append(
+                f'<g transform="translate(0 {top})">{"".join(head)}'
+                f'<g transform="translate(0 {below})">{plot}</g></g>'
+            )
+            top += below + _HEIGHT + 10
+    if not parts:
+        return ""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {_WIDTH} {top}">'
+        f"<style>:root {{ {_palette(_LIGHT)} --muted: #56616c; --line: #d8dee4; --wrong: #b3261e; "
+        f'font-family: sans-serif; }}\n{_RULES}</style><rect width="{_WIDTH}" height="{top}" '
+        f'fill="#fff"/>{"".join(parts)}</svg>\n'
+    )
 
 
 def histogram(title: str, edges: Sequence[Number], counts: Sequence[Number], unit: str) -> str:
@@ -142,6 +171,19 @@ def interval_bar(value: Number, bounds: Sequence[Number], top: Number) -> str:
         f'<line class="s0 span" x1="{left}" x2="{right}" y1="7" y2="7"/>'
         f'<line class="s0 tick" x1="{at}" x2="{at}" y1="1" y2="13"/></svg>'
     )
+
+
+def _plot(curves: Sequence[Curve], write: Callable[[Number], str], log: bool) -> list[str]:
+    """The axes and strokes of curves that have points."""
+    points = [point for curve in curves for point in curve.points]
+    x_axis = _across([point.x for point in points])
+    heights = (y for p in points for y in (p.y, p.low, p.high) if y is not None)
+    y_axis = _upwards([y for y in heights if math.isfinite(y)], log)
+    steps = [tick for tick in x_axis.ticks if tick % 1 == 0]
+    body = [*_grid(y_axis, write), *_x_labels(x_axis, steps, "{:,.0f}".format)]
+    for curve in curves:
+        body += _drawn(curve, x_axis, y_axis, write)
+    return body
 
 
 def _drawn(curve: Curve, x_axis: _Axis, y_axis: _Axis, write: Callable[[Number], str]) -> list[str]:

@@ -40,13 +40,14 @@ def find_model(source: str, *, revision: str | None = None) -> ModelFolder:
         return ModelFolder(path, source, None)
     if path.exists():
         raise UserError(f"{source}: is a file, not a model folder", "", "Give the folder it is in.")
-    if not _is_hub_id(source):
+    if not is_hub_id(source):
         why = "There is no such folder, and a hub id has the form org/name."
         raise UserError(f"{source}: no such model", why, "Check the path.")
     return _fetch(source, revision)
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether it has the form `org/name`, with letters that the hub allows."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -83,7 +84,7 @@ def _final_fault(source: str, revision: str | None, error: BaseException) -> Use
     """What a second attempt cannot mend, or None. No text of the server or of requests is told."""
     from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 
-    status = _status(error)
+    status = status_of(error)
     if isinstance(error, RevisionNotFoundError):
         do = "Check the branch, tag or commit on its hub page."
         return UserError(f"{source}: has no revision {revision}", "", do)
@@ -96,7 +97,7 @@ def _final_fault(source: str, revision: str | None, error: BaseException) -> Use
     if status == 429:
         why = "The hub limits requests (HTTP 429)."
         return UserError(f"{source}: cannot be fetched now", why, "Wait some minutes, or log in.")
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)):
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes_of(error)):
         return UserError(f"{source}: cannot be fetched", "HF_HUB_OFFLINE is set.", _NETWORK)
     if isinstance(error, OSError) and error.errno:
         do = "Free some space, or set HF_HOME to another disk."
@@ -105,16 +106,17 @@ def _final_fault(source: str, revision: str | None, error: BaseException) -> Use
 
 
 def _unreachable(source: str, error: BaseException) -> UserError:
-    status = _status(error)
-    why = f"HTTP {status}" if status else type(_causes(error)[-1]).__name__
+    status = status_of(error)
+    why = f"HTTP {status}" if status else type(causes_of(error)[-1]).__name__
     return UserError(f"{source}: the hub cannot be reached", f"After 3 attempts: {why}.", _NETWORK)
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an error, which huggingface_hub may wrap in another one."""
-    responses = (getattr(cause, "response", None) for cause in _causes(error))
+    responses = (getattr(cause, "response", None) for cause in causes_of(error))
     return next((response.status_code for response in responses if response is not None), None)
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    return [error, *_causes(error.__cause__)] if error is not None else []
+def causes_of(error: BaseException | None) -> list[BaseException]:
+    """The error and those that it was raised from, the outermost first."""
+    return [error, *causes_of(error.__cause__)] if error is not None else []

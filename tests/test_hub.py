@@ -1,33 +1,18 @@
 """hub.find_model against a stand-in hub: a real HTTP server, and a child process per call."""
 
-import hashlib
 import json
 import os
-import re
 import socket
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import soundfile
 from reference import noise, tiny_folder
+from stand_in_hub import FILES, MODEL, TOKEN, Hub, child, served
 
 from hebasr_jax.errors import UserError
 from hebasr_jax.hub import ModelFolder, find_model
 
-MODEL = "org/asr-he"
-TOKEN = "hf_stand_in_token_never_shown"
-FILES = {
-    "config.json": b'{"model_type": "qwen3_asr"}',
-    "merges.txt": "א ב\n".encode(),
-    "model.safetensors": bytes(range(256)) * 400,
-    "chat_template.jinja": b"{{ messages }}",
-    "pytorch_model.bin": b"\x80\x04 a pickle",
-    "notes.pt": b"\x80\x04 another",
-}
 WANTED = {name: data for name, data in FILES.items() if not name.endswith((".bin", ".pt"))}
 API = "/api/models/[^/]+/[^/ ]+(/revision/[^ ]*)?( |$)"
 CHILD = """
@@ -42,123 +27,10 @@ except UserError as error:
 """
 
 
-def sha_of(files: dict[str, bytes]) -> str:
-    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
-
-
-class Hub(ThreadingHTTPServer):
-    """One model repository; `faults[regex]` is a list of answers given before the right one."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.commits: dict[str, dict[str, bytes]] = {}
-        self.refs: dict[str, str] = {}
-        self.faults: dict[str, list[tuple[int, dict[str, str]]]] = {}
-        self.log: list[tuple[str, str, str]] = []  # method, path, Range or Authorization
-        self.push(FILES)
-
-    def push(self, files: dict[str, bytes]) -> str:
-        self.refs["main"] = sha_of(files)
-        self.commits[self.refs["main"]] = files
-        return self.refs["main"]
-
-    def asked(self, pattern: str) -> list[tuple[str, str, str]]:
-        return [entry for entry in self.log if re.search(pattern, " ".join(entry))]
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        notes = f"{self.headers.get('Range', '')} {self.headers.get('Authorization', '')}"
-        self.server.log.append((self.command, path, notes))
-        for pattern, answers in self.server.faults.items():
-            if answers and re.search(pattern, f"{self.command} {path}"):
-                return self.answer(*answers.pop(0))
-        if match := re.fullmatch(f"/api/models/{MODEL}(?:/revision/(.+))?", path):
-            return self.info(match[1] or "main")
-        if match := re.fullmatch(f"/api/models/{MODEL}/tree/(.+)", path):
-            return self.tree(match[1])
-        if match := re.fullmatch(f"/{MODEL}/resolve/([0-9a-f]+)/(.+)", path):
-            return self.file(match[1], match[2])
-        return self.answer(404, {"X-Error-Code": "RepoNotFound"})
-
-    def info(self, ref: str) -> None:
-        sha = self.server.refs.get(ref, ref)
-        if sha not in self.server.commits:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        return self.answer(200, {}, json.dumps({"id": MODEL, "sha": sha, "siblings": []}).encode())
-
-    def tree(self, sha: str) -> None:
-        if sha not in self.server.commits:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        rows = [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            for name, data in self.server.commits[sha].items()
-        ]
-        return self.answer(200, {}, json.dumps(rows).encode())
-
-    def file(self, sha: str, name: str) -> None:
-        data = self.server.commits[sha][name]
-        etag = hashlib.sha1(data).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.answer(206, headers, data[start:])
-        return self.answer(200, headers, data)
-
-    def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-        """`{"drop": bytes}` sends the right head of a file, so many bytes of it, and hangs up."""
-        if "drop" in headers:
-            sha, name = self.path.split("?")[0].split("/")[-2:]
-            body = self.server.commits[sha][name]
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: int(headers.get("drop", len(body)))])
-        self.close_connection = "drop" in headers
-
-
 @pytest.fixture
 def hub():
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def child(home: Path, endpoint: str | Hub, *words: str, **env: str) -> subprocess.CompletedProcess:
-    """A child process with its own cache and a token, which nothing that it prints may hold."""
-    if isinstance(endpoint, Hub):
-        endpoint = f"http://127.0.0.1:{endpoint.server_address[1]}"
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
-    switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run(
-        [sys.executable, *words],
-        env=inherited | settings | switches | env,
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert TOKEN not in done.stdout + done.stderr
-    return done
+    with served() as server:
+        yield server
 
 
 def fetch(home: Path, endpoint: str | Hub, source: str = MODEL, revision: str = "", **env: str):
