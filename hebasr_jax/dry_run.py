@@ -65,7 +65,7 @@ def dry_run(loaded: LoadedConfig) -> None:
 def what_is_here(config: Config) -> tuple[Config, list[Row]]:
     """The config without the sets that are not on this machine, and a row for each of those."""
     data = config.data
-    kept: dict[str, tuple[Source, ...]] = {}
+    kept: dict[str, Any] = {}
     absent: list[Row] = []
     for part in ("train", "dev", "test"):
         sources: tuple[Source, ...] = getattr(data, part)

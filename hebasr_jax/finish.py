@@ -85,7 +85,7 @@ def choose(run: Run) -> Choice:
     members = best_members([run.folder], best=average.best, by=average.by, say=run.say)
     fixed = [s.fingerprint for s in setup.dev_sets]
     key = json.dumps([fixed, config.compute.dtype, config.text.language_in_prompt])
-    run.say(f"dev: {', '.join(member.name for member in members)}")
+    run.say(f"on the whole dev sets: {', '.join(member.name for member in members)}")
     dev_sets: list[DevSet] = []
 
     def score(params: Any) -> Mapping[str, Any]:

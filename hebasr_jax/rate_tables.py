@@ -46,9 +46,13 @@ def stage_lines(part: Part, rates: Sequence[RateRow], measured: Measured) -> lis
     for row in rates:
         layers = [r for r in layer_rows([row]) if len(row.layer_rates) > 1]
         split_up = len({r["peak rate"] for r in layers}) > 1
-        where = ", ".join(f"layers {r['layers']} {r['peak rate']}" for r in layers) * split_up
+        where = ", ".join(f"{_layers(r)} {r['peak rate']}" for r in layers) * split_up
         rate = f"{row.peak_rate:.3g}" if row.trained_parameters else "frozen"
         found = f", measured {max(measured[row.group]):.3g}" if row.group in measured else ""
         count = f"{row.trained_parameters:,} of {row.parameters:,} parameters"
         lines.append(f"  {row.group}: {where or rate}{found}; {count}")
     return lines
+
+
+def _layers(row: Row) -> str:
+    return f"layers {row['layers']}" if "-" in row["layers"] else f"layer {row['layers']}"

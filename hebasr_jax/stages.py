@@ -4,6 +4,7 @@ One run walks through `Config.stages`. Between two of them the weights are cut a
 and a frozen tree and the optimiser's state is carried over (`enter`); everything else goes on.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,7 +148,9 @@ def enter(state: TrainState, part: Part, shapes: Params, mesh: Mesh) -> TrainSta
         return TrainState(state.step, trained, frozen, moments)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(part, shapes, mesh))
-    return jax.jit(recut, out_shardings=places, donate_argnums=0)(state)
+    with warnings.catch_warnings():  # what is cut anew cannot reuse the memory of its old cut
+        warnings.filterwarnings("ignore", message="Some donated buffers")
+        return jax.jit(recut, out_shardings=places, donate_argnums=0)(state)
 
 
 def checked_rates(part: Part, shapes: Params, config: Config) -> dict[str, tuple[float, ...]]:

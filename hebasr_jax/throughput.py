@@ -63,6 +63,10 @@ class Window:
     paused_s: float = 0.0
     began_s: float = field(default_factory=time.perf_counter)
 
+    def restart(self) -> None:
+        """Time counts from now."""
+        self.waited_s, self.paused_s, self.began_s = 0.0, 0.0, time.perf_counter()
+
     def line(self, step: int, steps: int, epoch: float, rates: Mapping[str, float]) -> dict:
         """The line of metrics.jsonl for the steps since the last one; begins the next window."""
         taken_s = max(time.perf_counter() - self.began_s - self.paused_s, 1e-9)
@@ -85,8 +89,8 @@ class Window:
             "skipped": self.skipped,
             "memory_bytes": peak_bytes(),
         }
-        self.losses, self.work, self.waited_s, self.paused_s = [], [], 0.0, 0.0
-        self.began_s = time.perf_counter()
+        self.losses, self.work = [], []
+        self.restart()
         return told
 
 

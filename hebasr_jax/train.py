@@ -217,7 +217,7 @@ def through_stages(run: Run, trainee: Trainee) -> int:
 def through_steps(run: Run, trainee: Trainee, part: Part) -> bool:
     """The steps of a stage, with saves and validations where due; False when a signal came."""
     place = rows(run.setup.mesh)
-    trainee.window.began_s = time.perf_counter()
+    trainee.window.restart()
 
     def put(host: Batch) -> Placed:
         return Placed(jax.tree.map(lambda x: place_rows(x, place), host), host)

@@ -235,7 +235,7 @@ def space(tmp_path_factory) -> Path:
     told = train(folder, *settings("name=whole", *EACH, *FLAT))
     assert "stage top: steps 1 to 4, on tones" in told
     assert "stage wide: steps 5 to 9, on tones, others" in told
-    assert "  encoder: layers 0-0 frozen" in told or "  encoder: layers 0 frozen, layers 1" in told
+    assert "  encoder: layer 0 frozen, layer 1 0.003, measured 0.003" in told
     return folder
 
 

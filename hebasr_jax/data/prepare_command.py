@@ -77,7 +77,7 @@ class Prepare:
             raise UserError("give --config, or --source and --name", "one of them is needed")
         if self.source is not None:
             sets: dict[str, tuple[Source, ...]] = {
-                "": (Source(self.name or "", self.source, None, self.split, self.columns),)
+                "": (Source(self.name or "", self.source, split=self.split, columns=self.columns),)
             }
         else:
             from hebasr_jax.config_file import load_config
