@@ -47,7 +47,7 @@ from hebasr_jax.train_step import init_state
 from hebasr_jax.trained import load_trained
 
 FROZEN = Group(0.0)
-OPTIM = Optim(warmup_steps=4, final_rate=1.0, decay="none", weight_decay=0.0)
+OPTIM = Optim(warmup_steps=4, decay="none", weight_decay=0.0, clip_norm=1e9)
 TOP = Stage(
     "top",
     conv_stem=FROZEN,
