@@ -80,8 +80,16 @@ def finish(run: Run) -> None:
 
 
 def choose(run: Run) -> Choice:
-    """The best of the best checkpoints and their mean, on the whole dev sets."""
+    """The best of the best checkpoints and their mean, on the whole dev sets.
+
+    Without dev sets, or if they were never scored, the newest checkpoint.
+    """
     setup, config, average = run.setup, run.setup.config, run.setup.config.average
+    if not setup.dev_sets or not config.validation.every_steps:
+        newest = run.store.steps()[-1]
+        name = f"step {newest}"
+        run.say(f"no dev set was scored: {name}, the last, is taken")
+        return Choice(name, {name: 1.0}, load_trained(run.store.path(newest)), {}, [])
     members = best_members([run.folder], best=average.best, by=average.by, say=run.say)
     fixed = [s.fingerprint for s in setup.dev_sets]
     key = json.dumps([fixed, config.compute.dtype, config.text.language_in_prompt])
