@@ -219,7 +219,8 @@ def _data(facts: Facts, plan: Facts, bad: int) -> str:
         warnings.append("- **Warning:** what data it was trained on is not known.")
     names = ("set", "from", "revision", "licence", "hours", "clips", "uses in an epoch")
     parts = [table_of(names, rows) if rows else "", "\n".join(warnings)]
-    parts.append(f"Clips that were not used because they are bad: {bad:,}.")
+    if bad or plan:
+        parts.append(f"Clips that were not used because they are bad: {bad:,}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -243,8 +244,9 @@ def _training(facts: Facts, config: Facts, lines: Sequence[Facts], curve: bool) 
             f"{number(train[-1].get('loss'))}, steps skipped for want of a finite gradient: "
             f"{number(skipped)}."
         )
+    base = _base_id(facts)
     settings = [
-        (shown(path), _setting(path, entry.get("value")), _origin(entry.get("origin")))
+        (shown(path), _setting(entry.get("value"), base), _origin(entry.get("origin")))
         for path, entry in config.items()
         if isinstance(entry, Mapping) and entry.get("origin") != "default"
         if not _OF_THE_MACHINE.fullmatch(path)
@@ -343,10 +345,10 @@ def _place(path: Any, hub: str | None = None) -> str:
     return shown(last_part(str(path))) if path else "unknown"
 
 
-def _setting(path: str, value: Any) -> str:
-    if isinstance(value, str) and not (path == "model.path" and is_hub_id(value)):
-        return shown(last_part(value))
-    return shown(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)
+def _setting(value: Any, base: str | None) -> str:
+    if not isinstance(value, str):
+        return shown(json.dumps(value, ensure_ascii=False))
+    return shown(value if value == base else last_part(value))
 
 
 def _origin(origin: Any) -> str:
