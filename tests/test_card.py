@@ -51,7 +51,12 @@ FACTS = {
     "base_revision": SHA,
     "data": {
         "crowd": {
-            **{"path": "ivrit-ai/crowd-transcribe-v5", "revision": SHA[::-1], "hours": 298.5},
+            **{
+                "path": "data/crowd",
+                "hub": "ivrit-ai/crowd-transcribe-v5",
+                "revision": SHA[::-1],
+                "hours": 298.5,
+            },
             **{"licence": "ivrit.ai v2", "clips": 203827},
         },
         "own": {"path": "/home/dana/secret/clips.jsonl", "hours": 1.25, "clips": 321},
