@@ -48,7 +48,7 @@ def write_card(folder: Path, run: Path, facts: Facts) -> None:
       facts: JSON of the final phase, each part optional: step, chosen, members {name: weight},
         candidates [{name, loss, wer}], scores {"dev" and "test": {set: scores}}, layout,
         base_model, base_revision, licence (of the weights), repo (hub id that the card will be
-        at), data {set: {path, hub, revision, licence, hours, clips}}; scores as `validate` has them.
+        at), data {set: {path, hub, revision, licence, hours, clips}}. Scores: as `validate`'s.
 
     Raises:
       UserError: there is no such folder, or it cannot be written to.
