@@ -194,12 +194,14 @@ def test_what_cannot_be_sent_is_a_warning_too(tmp_path) -> None:
 
 def test_a_run_that_fails_sends_what_it_had(tmp_path) -> None:
     fake(tmp_path, "wandb")
-    with (
-        pytest.raises(ZeroDivisionError),
-        open_sinks_here(tmp_path, ["wandb"], grace_s=30.0) as (send, _),
-    ):
-        send({"kind": "train", "step": 1, "loss": 1 / 2})
-        send({"kind": "train", "step": 2, "loss": 1 / 0})
+
+    def fail() -> None:
+        with open_sinks_here(tmp_path, ["wandb"], grace_s=30.0) as (send, _):
+            send({"kind": "train", "step": 1, "loss": 1 / 2})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert seen(tmp_path, "wandb.seen") == [[1, {"train/loss": 0.5}]]
     assert seen(tmp_path, "wandb.finished") == [True]
 
@@ -243,9 +245,11 @@ class open_sinks_here:
     def __enter__(self) -> tuple:
         return self.block.__enter__(), self.said
 
-    def __exit__(self, *error: object) -> None:
-        self.block.__exit__(*error)
-        self.patch.undo()
+    def __exit__(self, *error: object) -> bool | None:
+        try:
+            return self.block.__exit__(*error)
+        finally:
+            self.patch.undo()
 
 
 # --- what is sent --------------------------------------------------------------------------
@@ -308,12 +312,14 @@ def events(folder: Path) -> list:
 
 
 def test_tensorboard_shows_each_step_once(tmp_path) -> None:
-    """The real tensorboardX; a start mark hides what it had from that step on."""
+    """The real tensorboardX, without torch; a start mark hides what it had from that step on."""
+    fake(tmp_path, "torch")
     for resume in (None, 15):
         time.sleep(1.1 if resume else 0)  # a file is named by the second
         told = run(tmp_path, ["tensorboard"], 20, resume, grace_s=30.0)
         assert told["warnings"] == []
     assert told["said"] == [f"tensorboard: tensorboard --logdir {tmp_path / 'tensorboard'}"]
+    assert seen(tmp_path, "torch.pid") == []
     shown: dict[int, list[tuple[str, float]]] = {}
     for event in events(tmp_path / "tensorboard"):
         if event.session_log.status == 1:
