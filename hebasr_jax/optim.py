@@ -139,7 +139,9 @@ def make_optimizer(
       steps: length of the schedule.
     """
     kinds = {path: _kind(path, leaf, config) for path, leaf in flat(trained).items()}
-    transforms = {kind: _direction(config, kind) for kind in set(kinds.values())}
+    # In the order of the leaves: that of a set differs from start to start, and with it the
+    # program, which would then be compiled again on each resume.
+    transforms = {kind: _direction(config, kind) for kind in dict.fromkeys(kinds.values())}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.multi_transform(transforms, nested(kinds)),
