@@ -64,8 +64,8 @@ def test_wrong_contexts_are_another_recordings() -> None:
 
 def test_no_wrong_context_is_the_clips_own_or_of_its_recording() -> None:
     """Where there is no other, or the recordings are not told, there is none."""
-    for recording in ("one", ""):
-        clips = [replace(one, recording=recording) for one in some_clips(20)]
+    for names in (("one", "one"), ("", ""), ("", "one")):
+        clips = [replace(one, recording=names[n % 2]) for n, one in enumerate(some_clips(20))]
         assert set(contexts(clips, wrong=1.0).values()) == {""}
     clips = [replace(one, recording=str(n), context="same") for n, one in enumerate(some_clips(20))]
     assert set(contexts(clips, wrong=1.0).values()) == {""}
