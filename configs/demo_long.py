@@ -16,6 +16,7 @@ def get_config() -> Config:
             config.data,
             train=(Source("words", "runs/demo-long-files/corpus/train.jsonl"),),
             dev=(Source("dev", "runs/demo-long-files/corpus/dev.jsonl"),),
+            test=(Source("test", "runs/demo-long-files/corpus/test.jsonl"),),
         ),
         compute=replace(config.compute, cache_dir="runs/demo-long-files/cache"),
         train=replace(config.train, steps=3000, checkpoint_steps=250),

@@ -48,7 +48,7 @@ def write_card(folder: Path, run: Path, facts: Facts) -> None:
       facts: JSON of the final phase, each part optional: step, chosen, members {name: weight},
         candidates [{name, loss, wer}], scores {"dev" and "test": {set: scores}}, layout,
         base_model, base_revision, licence (of the weights), repo (hub id that the card will be
-        at), data {set: {path, revision, licence, hours, clips}}. Scores are those of `validate`.
+        at), data {set: {path, hub, revision, licence, hours, clips}}. Scores: as `validate`'s.
 
     Raises:
       UserError: there is no such folder, or it cannot be written to.
@@ -130,8 +130,8 @@ def _base_id(facts: Facts) -> str | None:
 
 
 def _dataset_id(row: Facts) -> str | None:
-    path = str(row.get("path") or "").removeprefix("hf://datasets/")
-    return path if is_hub_id(path) and row.get("revision") else None
+    hub = str(row.get("hub") or "")
+    return hub if is_hub_id(hub) else None
 
 
 # --- sections --------------------------------------------------------------------------------
@@ -200,9 +200,7 @@ def _limits(facts: Facts, config: Facts) -> str:
 
 
 def _data(facts: Facts, plan: Facts, bad: int) -> str:
-    planned = {
-        str(row.get("name")): row for row in plan.get("sets") or () if isinstance(row, Mapping)
-    }
+    planned = _planned(plan)
     sets, rows, warnings = _sets(facts), [], []
     for name in dict.fromkeys([*sets, *planned]):
         row, draws = sets.get(name, {}), planned.get(name, {})
@@ -210,7 +208,7 @@ def _data(facts: Facts, plan: Facts, bad: int) -> str:
         cells = [_place(row.get("path"), _dataset_id(row))]
         cells += [shown(row.get(key) or "unknown") for key in ("revision", "licence")]
         cells += [number(value) for value in (row.get("hours"), clips)]
-        rows.append((shown(name), *cells, number(draws.get("effective_epochs"))))
+        rows.append((shown(name), *cells, draws.get("uses") or "unknown"))
         missing = [key for key in ("licence", "revision") if not row.get(key)]
         if missing:
             kinds = " and ".join(missing)
@@ -219,8 +217,24 @@ def _data(facts: Facts, plan: Facts, bad: int) -> str:
         warnings.append("- **Warning:** what data it was trained on is not known.")
     names = ("set", "from", "revision", "licence", "hours", "clips", "uses in an epoch")
     parts = [table_of(names, rows) if rows else "", "\n".join(warnings)]
-    parts.append(f"Clips that were not used because they are bad: {bad:,}.")
+    if bad or plan:
+        parts.append(f"Clips that were not used because they are bad: {bad:,}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def _planned(plan: Facts) -> dict[str, dict[str, Any]]:
+    """Of each set its clips, and how often a clip is used in an epoch, stage by stage."""
+    found: dict[str, dict[str, Any]] = {}
+    for table, rows in plan.items():
+        if not table.startswith("sets") or not isinstance(rows, Sequence):
+            continue
+        stage = table.removeprefix("sets of stage ") if " of stage " in table else ""
+        for row in (row for row in rows if isinstance(row, Mapping)):
+            known = found.setdefault(str(row.get("name")), {"uses": ""})
+            uses = number(row.get("effective_epochs")) + (f" ({shown(stage)})" if stage else "")
+            known["uses"] = ", ".join(filter(None, (known["uses"], uses)))
+            known["clips"] = row.get("clips")
+    return found
 
 
 def _training(facts: Facts, config: Facts, lines: Sequence[Facts], curve: bool) -> str:
@@ -243,8 +257,9 @@ def _training(facts: Facts, config: Facts, lines: Sequence[Facts], curve: bool) 
             f"{number(train[-1].get('loss'))}, steps skipped for want of a finite gradient: "
             f"{number(skipped)}."
         )
+    base = _base_id(facts)
     settings = [
-        (shown(path), _setting(path, entry.get("value")), _origin(entry.get("origin")))
+        (shown(path), _setting(entry.get("value"), base), _origin(entry.get("origin")))
         for path, entry in config.items()
         if isinstance(entry, Mapping) and entry.get("origin") != "default"
         if not _OF_THE_MACHINE.fullmatch(path)
@@ -343,10 +358,10 @@ def _place(path: Any, hub: str | None = None) -> str:
     return shown(last_part(str(path))) if path else "unknown"
 
 
-def _setting(path: str, value: Any) -> str:
-    if isinstance(value, str) and not (path == "model.path" and is_hub_id(value)):
-        return shown(last_part(value))
-    return shown(json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value)
+def _setting(value: Any, base: str | None) -> str:
+    if not isinstance(value, str):
+        return shown(json.dumps(value, ensure_ascii=False))
+    return shown(value if value == base else last_part(value))
 
 
 def _origin(origin: Any) -> str:

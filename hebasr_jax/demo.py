@@ -7,26 +7,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import jax
-
-from hebasr_jax.average import compare, describe
+from hebasr_jax.average import describe
 from hebasr_jax.config import DecoderConfig, EncoderConfig, ModelConfig
 from hebasr_jax.config_file import load_config
 from hebasr_jax.demo_corpus import Kind, best_kind, learn_merges, make_corpus
 from hebasr_jax.errors import UserError
-from hebasr_jax.export import write_model
-from hebasr_jax.members import best_members, member_weights
-from hebasr_jax.model.asr import Params
-from hebasr_jax.run_config import Config, Source
-from hebasr_jax.run_folder import EXIT_RUN_AGAIN
+from hebasr_jax.finish import FINAL
+from hebasr_jax.run_config import Config
+from hebasr_jax.run_folder import EXIT_RUN_AGAIN, read_json
 from hebasr_jax.tiny import with_merges, write_tiny_model
-from hebasr_jax.trained import load_trained, model_files
-from hebasr_jax.transcribe import Recognizer, load_recognizer, transcribe
-from hebasr_jax.validate import score_sets
+from hebasr_jax.transcribe import load_recognizer, transcribe
 
 SMALL = ModelConfig(
     encoder=EncoderConfig(
@@ -61,18 +53,18 @@ Say = Callable[[str], None]
 
 
 def run(config_path: Path, clips: int, say: Say) -> None:
-    """Makes a corpus and a model, trains with a stop in between, averages, scores, exports."""
+    """Makes a corpus and a model, trains with a stop in between, and tries what was exported."""
     config = load_config(config_path).config
     files = Path(config.model.path).parent
     folder = Path(config.runs_dir) / config.name
-    for path in (files / "corpus", files / "model", folder, files / "export"):
+    for path in (files / "corpus", files / "model", folder):
         shutil.rmtree(path, ignore_errors=True)
     began = time.perf_counter()
     make_files(files, config, clips, say, best_kind())
     say(f"[{time.perf_counter() - began:.0f} s]")
     train_with_a_stop(config_path, config, folder, say)
     say(f"[{time.perf_counter() - began:.0f} s]")
-    finish(config, folder, files, say)
+    try_exports(folder, files, say)
     say(f"[{time.perf_counter() - began:.0f} s in all]")
 
 
@@ -126,49 +118,25 @@ def steps_taken(folder: Path) -> int:
         return 0
 
 
-def finish(config: Config, folder: Path, files: Path, say: Say) -> None:
-    """Averages the two best checkpoints, scores all three on unheard speech, exports the best."""
-    members = best_members([folder], best=2, by="wer", say=say)
-    base = load_recognizer(str(members[0].checkpoint), dtype="float32")
-    say("6. The average of the two best checkpoints beside them, on the dev set")
-    chosen = compare(
-        members,
-        member_weights(members, "uniform"),
-        lambda member: load_trained(member.checkpoint),
-        lambda params: scored(base, params, config.data.dev[0], config),
-        say=lambda line: say(f"   {line}"),
-    )
-    assert chosen is not None
-    say("7. Test: speakers and word sequences that training never had")
-    source = Source("test", str(files / "corpus" / "test.jsonl"))
-    say(f"   {describe(chosen.name, scored(base, chosen.params, source, config))}")
-    export(chosen.params, base.config, model_files(members[0].checkpoint), files, say)
-    say(f"   report: {folder / 'report.html'}")
-    say(
-        f"Next: hebasr transcribe {files / 'export' / 'transformers'} YOUR_FILES, or your own data:"
-    )
-    say("      hebasr train --config configs/finetune.py --dry-run")
-
-
-def scored(base: Recognizer, params: Params, source: Source, config: Config) -> dict[str, Any]:
-    """Scores of some weights on one set."""
-    return score_sets(replace(base, params=jax.device_put(params)), [source], config)
-
-
-def export(params: dict, config: ModelConfig, source: Path, files: Path, say: Say) -> None:
-    """Writes both layouts, loads each again and lets it transcribe one test clip."""
+def try_exports(folder: Path, files: Path, say: Say) -> None:
+    """Loads each export again and lets it transcribe one test clip."""
     import soundfile
 
+    chosen = read_json(folder / FINAL)
+    say(f"6. What the run ended with: {chosen['chosen']}")
+    for name, scores in chosen["scores"]["test"].items():
+        say(f"   {describe(name, {name: scores})}: speakers and phrases that training never had")
     rows = (files / "corpus" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(rows[0])
     wave, _ = soundfile.read(files / "corpus" / row["audio"], dtype="int16")
     texts = []
-    for layout in ("original", "transformers"):
-        destination = files / "export" / layout
-        write_model(params, config, source, destination, layout)
-        (result,) = transcribe(load_recognizer(str(destination), dtype="float32"), [wave])
+    for path in sorted((folder / "export").iterdir()):
+        (result,) = transcribe(load_recognizer(str(path), dtype="float32"), [wave])
         texts.append(result.transcript.text)
-        say(f"8. {destination} transcribes {row['audio']}: {result.transcript.text}")
+        say(f"7. {path} transcribes {row['audio']}: {result.transcript.text}")
     say(f"   it was: {row['text']}")
-    if texts[0] != texts[1]:
+    if len(set(texts)) != 1:
         raise UserError("the two exports disagree", f"{texts}", "report this")
+    say(f"   report: {folder / 'report.html'}, model card: {path / 'README.md'}")
+    say(f"Next: hebasr transcribe {path} YOUR_FILES, or your own data:")
+    say("      hebasr train --config configs/finetune.py --dry-run")

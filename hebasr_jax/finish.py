@@ -80,8 +80,16 @@ def finish(run: Run) -> None:
 
 
 def choose(run: Run) -> Choice:
-    """The best of the best checkpoints and their mean, on the whole dev sets."""
+    """The best of the best checkpoints and their mean, on the whole dev sets.
+
+    Without dev sets, or if they were never scored, the newest checkpoint.
+    """
     setup, config, average = run.setup, run.setup.config, run.setup.config.average
+    if not setup.dev_sets or not config.validation.every_steps:
+        newest = run.store.steps()[-1]
+        name = f"step {newest}"
+        run.say(f"no dev set was scored: {name}, the last, is taken")
+        return Choice(name, {name: 1.0}, load_trained(run.store.path(newest)), {}, [])
     members = best_members([run.folder], best=average.best, by=average.by, say=run.say)
     fixed = [s.fingerprint for s in setup.dev_sets]
     key = json.dumps([fixed, config.compute.dtype, config.text.language_in_prompt])
@@ -137,7 +145,8 @@ def final_facts(
         "data": {
             s.name: {
                 "path": sources[s.name].path,
-                "revision": f"fingerprint {s.fingerprint[:12]}",
+                "hub": sources[s.name].hub,
+                "revision": f"what was read has fingerprint {s.fingerprint[:16]}",
                 "licence": sources[s.name].licence,
                 "hours": sum(clip.duration_s for clip in s.clips) / 3600,
                 "clips": len(s.clips),
@@ -164,7 +173,7 @@ def export_all(run: Run, choice: Choice, facts: dict[str, Any]) -> None:
             layout,
             dtype=jax.numpy.dtype(export.dtype),
         )
-        write_card(folder, run.folder, facts | {"layout": layout})
+        write_card(folder, run.folder, _for_the_card(facts) | {"layout": layout})
         facts["exports"] = facts.get("exports", {}) | {layout: facts["key"]}
         write_json(run.folder / FINAL, facts)
         run.say(f"exported {choice.name} to {folder}")
@@ -176,8 +185,9 @@ def publish(run: Run, facts: dict[str, Any]) -> None:
     repo = repository(config)
     if repo is None or facts.get("upload", {}).get("repository") == repo:
         return
-    folder = run.folder / "export" / config.export.layouts[0]
-    write_card(folder, run.folder, facts | {"layout": config.export.layouts[0], "repo": repo})
+    layout = config.export.layouts[0]
+    folder = run.folder / "export" / layout
+    write_card(folder, run.folder, _for_the_card(facts) | {"layout": layout, "repo": repo})
     try:
         where = upload_model(folder, repo, private=config.export.private, say=run.say)
     except UserError as error:  # the run is whole without it
@@ -216,6 +226,15 @@ def _score(run: Run, params: Any, sets: Sequence[DevSet]) -> dict[str, Any]:
     )
     assert scores is not None
     return scores
+
+
+def _for_the_card(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Without texts of clips: a set may be gated, and a card is public."""
+    scores = {
+        part: {name: {**row, "samples": []} for name, row in sets.items()}
+        for part, sets in facts["scores"].items()
+    }
+    return {**facts, "scores": scores}
 
 
 def _without_texts(scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hebasr_jax.page import (
     table_of,
     whole_page,
 )
+from hebasr_jax.report_final import final_section
 from hebasr_jax.tracking import interval, percent, read_metrics
 
 Line = Mapping[str, Any]
@@ -50,6 +51,7 @@ def write_report(run_folder: Path) -> Path:
     sections = {
         "": _headline(train, validations, len(quarantine)),
         "Learning": _learning(train, skipped, validations),
+        "Result": final_section(_read_json(run_folder / "final.json")),
         "Dev sets": _dev_sets(validations),
         "Errors": _samples(validations),
         "Speed": _speed(train),

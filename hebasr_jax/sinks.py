@@ -208,7 +208,8 @@ class _Sink:
             code = child.wait() if child else None
             self._warn(f"its process ended with code {code}; the run goes on without it")
         except Exception as error:
-            self._warn(f"{scrub(str(error))}; the run goes on without it")
+            reason = str(error) if isinstance(error, _SinkError) else _reason(error)
+            self._warn(f"{scrub(reason)}; the run goes on without it")
         finally:
             self._given_up = True
             if child is not None:
@@ -218,6 +219,14 @@ class _Sink:
     def _warn(self, text: str) -> None:
         if self._first_warning.acquire(blocking=False):  # never given back: one warning a sink
             self._say(f"warning: {self._name}: {text} (metrics.jsonl has every line)")
+
+
+class _SinkError(Exception):
+    """What failed in the child, in its words."""
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}"
 
 
 def _start_child() -> subprocess.Popen[bytes]:
@@ -234,7 +243,7 @@ def _start_child() -> subprocess.Popen[bytes]:
 
 
 def _ask(child: subprocess.Popen[bytes], message: Any) -> str:
-    """What the child says to a message. Raises what failed there, or EOFError where it is gone."""
+    """What the child says to a message. Raises _SinkError, or EOFError where it is gone."""
     assert child.stdin is not None
     assert child.stdout is not None
     raw = json.dumps(message, default=str).encode() + b"\n"
@@ -245,7 +254,7 @@ def _ask(child: subprocess.Popen[bytes], message: Any) -> str:
         raise EOFError
     said: dict[str, str] = json.loads(answer)
     if "failed" in said:
-        raise RuntimeError(said["failed"])
+        raise _SinkError(said["failed"])
     return said["done"]
 
 
@@ -277,7 +286,7 @@ def serve() -> None:
         answer(done="")
     except BaseException as error:
         with contextlib.suppress(OSError):
-            answer(failed=f"{type(error).__name__}: {str(error).strip()}")
+            answer(failed=_reason(error))
     os._exit(0)
 
 

@@ -43,6 +43,7 @@ from hebasr_jax.stages import Part, checked_rates, enter, state_shapes
 from hebasr_jax.throughput import Window, work_of
 from hebasr_jax.tracking import MetricsLog, put_aside, read_metrics, training_display
 from hebasr_jax.train_step import TrainState, cast
+from hebasr_jax.upload import has_token
 from hebasr_jax.validate import load_dev_sets, validate
 
 _FOREVER = 1 << 30  # epochs: a run ends by its steps
@@ -63,7 +64,8 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         check_sinks(config.tracking.sinks)
-        repository(config)
+        if (repo := repository(config)) and not has_token():
+            say(f"warning: {repo}: no token; set HF_TOKEN or `hf auth login` before the end")
         if is_first():
             stack.enter_context(open_run(folder))
         use_cache(config)

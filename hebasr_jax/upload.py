@@ -59,10 +59,13 @@ def upload_model(
         used up. The text holds nothing that the server said.
     """
     check_repo_id(repo)
-    files = model_files(folder)
-    if not _has_token():
+    try:
+        files = model_files(folder)
+        size = sum(path.stat().st_size for path in files)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read", error.strerror or "", _LATER) from None
+    if not has_token():
         raise UserError(f"{repo}: cannot be uploaded to", "There is no token.", _ACCESS)
-    size = sum(path.stat().st_size for path in files)
     say(f"uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {repo}")
     with _own_client(timeout_s):
         for wait_s in (*waits_s, None):
@@ -117,7 +120,7 @@ def _send(files: Sequence[Path], repo: str, private: bool) -> str:
     return f"{api.endpoint}/{repo}/commit/{commit.oid}"
 
 
-def _has_token() -> bool:
+def has_token() -> bool:
     """Whether there is a token that a header can hold."""
     from huggingface_hub import get_token
 

@@ -32,9 +32,9 @@ def tree(step: int, off: float = 0.1) -> dict:
 
 
 def load(member: Member) -> dict:
-    """The fake checkpoint's weights; step 900 is a bad one."""
+    """The fake checkpoint's weights; from step 900 on they are bad."""
     step = int(member.checkpoint.name)
-    return tree(step, 5.0 if step == 900 else 0.1)
+    return tree(step, 5.0 if step >= 900 else 0.1)
 
 
 def score(params: dict) -> dict:
@@ -308,9 +308,7 @@ def test_one_member_is_scored_once_and_is_no_average(run) -> None:
 
 
 def test_soup_leaves_a_bad_member_out_and_keeps_the_good(run) -> None:
-    make_run(run / "more", {900: (None, None)})
-    bad = Member("step 900", run / "more" / "checkpoints" / "900")
-    members = [bad, *members_of(run, 200, 400, 600)]
+    members = members_of(run, 1000, 200, 400, 1200, 600)
     plain = chosen(members)
     choice = chosen(members, soup=True)
     assert plain.table == choice.table[: len(plain.table)]
@@ -318,10 +316,21 @@ def test_soup_leaves_a_bad_member_out_and_keeps_the_good(run) -> None:
     assert set(choice.weights) == {"step 200", "step 400", "step 600"}
     assert set(choice.weights.values()) == {1 / 3}
     tried = [row["weights"].keys() for row in choice.table[len(plain.table) :]]
-    assert [len(keys) for keys in tried] == [2, 3]  # all four are the average, scored already
-    good = average(map(tree, (200, 400, 600)), [1 / 3] * 3)
-    for ours, theirs in zip(*map(jax.tree.leaves, (choice.params, good)), strict=True):
+    good = {"step 200", "step 400", "step 600"}
+    assert [len(keys) for keys in tried] == [2, 3, 4, 4]
+    assert [keys - good for keys in tried[2:]] in (
+        [{"step 1000"}, {"step 1200"}],
+        [{"step 1200"}, {"step 1000"}],
+    )
+    mean = average(map(tree, (200, 400, 600)), [1 / 3] * 3)
+    for ours, theirs in zip(*map(jax.tree.leaves, (choice.params, mean)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-7)
+
+
+def test_in_a_soup_a_member_that_changes_nothing_stays(run) -> None:
+    same = {"dev": {"wer": 0.1, "loss": 0.1, "ci95": (0.0, 1.0), "cer": 0.0, "clips": 1}}
+    choice = chosen(members_of(run, 200, 400, 600, 800), soup=True, score=lambda params: same)
+    assert [len(row["weights"]) for row in choice.table] == [4, 1, 1, 1, 1, 2, 3]
 
 
 def test_a_signal_ends_it(run) -> None:

@@ -51,7 +51,12 @@ FACTS = {
     "base_revision": SHA,
     "data": {
         "crowd": {
-            **{"path": "ivrit-ai/crowd-transcribe-v5", "revision": SHA[::-1], "hours": 298.5},
+            **{
+                "path": "data/crowd",
+                "hub": "ivrit-ai/crowd-transcribe-v5",
+                "revision": SHA[::-1],
+                "hours": 298.5,
+            },
             **{"licence": "ivrit.ai v2", "clips": 203827},
         },
         "own": {"path": "/home/dana/secret/clips.jsonl", "hours": 1.25, "clips": 321},
@@ -187,7 +192,8 @@ def test_the_curve_is_a_drawing_of_its_own(tmp_path) -> None:
 @pytest.mark.parametrize("name", [EVIL, "עברית", "---", "- x: y", "'\"", " ", "\ud800", "a" * 300])
 def test_any_name_is_shown_and_does_nothing(tmp_path, name) -> None:
     facts = copy.deepcopy(FACTS)
-    facts["scores"]["test"] = {name: scores(0.0517, samples=[{"id": name, "reference": name}])}
+    texts = dict.fromkeys(("id", "reference", "hypothesis"), name)
+    facts["scores"]["test"] = {name: scores(0.0517, samples=[texts])}
     facts["data"] = {name: {"path": f"x/{name}", "licence": name, "revision": name}}
     facts |= {"chosen": name, "members": {name: 1.0}, "candidates": [{"name": name}], "repo": None}
     text = card(tmp_path / "model", facts, write_run(tmp_path / "run"))
@@ -198,7 +204,7 @@ def test_any_name_is_shown_and_does_nothing(tmp_path, name) -> None:
         assert len({len(re.findall("<t[hd]", row)) for row in rows}) == 1
     assert len(tables) == 8
     if name == EVIL:
-        assert "a|b&lt;script&gt;alert(1)" in page
+        assert "<td>a|b&lt;script&gt;alert(1)&lt;/script&gt;`*_x_*` # [z](http" in page
 
 
 def test_hebrew_samples_run_from_the_right_and_are_text(full) -> None:
@@ -294,7 +300,7 @@ def test_a_folder_that_is_not_there(tmp_path) -> None:
         write_card(tmp_path / "none", tmp_path, {})
 
 
-@given(st.text())
+@given(st.text() | st.text("|\\`*_{}[]<>()&~$@#!a \n"))
 def test_shown_text_is_plain_text(text) -> None:
     page = MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(
         f"| x{shown(text)}y | z |\n|---|---|\n"

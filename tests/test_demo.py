@@ -10,7 +10,7 @@ import soundfile
 
 from hebasr_jax.config_file import LoadedConfig, flatten, load_config
 from hebasr_jax.demo import SMALL, make_files
-from hebasr_jax.run_config import Config, Model, Source
+from hebasr_jax.run_config import Average, Config, Export, Model, Source
 from hebasr_jax.tiny import with_merges
 from hebasr_jax.tracking import read_metrics
 from hebasr_jax.train import train
@@ -29,7 +29,9 @@ def corpus(tmp_path_factory) -> tuple[Path, Config]:
         demo,
         runs_dir=str(files / "runs"),
         model=Model(str(files / "model")),
-        data=replace(demo.data, max_bad_share=0.01),
+        data=replace(demo.data, max_bad_share=0.01, test=()),
+        average=Average(),
+        export=Export(),
         compute=replace(demo.compute, cache_dir=str(files / "cache")),
         train=replace(demo.train, steps=STEPS, checkpoint_steps=STEPS),
         validation=replace(demo.validation, every_steps=STEPS, bootstrap=50),

@@ -110,6 +110,7 @@ def alive(pid: int) -> bool:
 
 
 HANG = "time.sleep(30)"
+WAITS = f"atexit.register(time.sleep, 30); threading.Thread(target=lambda: {HANG}).start()"
 FAULTS = {
     "hangs at import": ({"at_import": HANG}, "not done at the end"),
     "hangs in init": ({"in_init": HANG}, "not done at the end"),
@@ -147,10 +148,7 @@ def test_a_faulty_sink_is_one_warning_and_nothing_else(tmp_path, fault) -> None:
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_hooks_and_threads_that_wait_at_exit_do_not(tmp_path, name) -> None:
-    waits = (
-        "atexit.register(time.sleep, 30); threading.Thread(target=time.sleep, args=[30]).start()"
-    )
-    fake(tmp_path, name, at_import=waits)
+    fake(tmp_path, name, at_import=WAITS)
     told = run(tmp_path, [name], grace_s=15.0)
     assert told["warnings"] == []
     assert told["exit_s"] < 1
@@ -182,9 +180,35 @@ def test_a_full_queue_drops_lines_and_warns_once(tmp_path) -> None:
     assert "misses lines" in said[0]
 
 
+def test_what_cannot_be_sent_is_a_warning_too(tmp_path) -> None:
+    fake(tmp_path, "wandb")
+    with open_sinks_here(tmp_path, ["wandb"], grace_s=30.0) as (send, said):
+        send({"step": 1})
+        began = time.monotonic()
+    assert time.monotonic() - began < 10
+    assert [line for line in said if line.startswith("warning")] == [
+        "warning: wandb: KeyError: 'kind'; the run goes on without it "
+        "(metrics.jsonl has every line)"
+    ]
+
+
+def test_a_run_that_fails_sends_what_it_had(tmp_path) -> None:
+    fake(tmp_path, "wandb")
+
+    def fail() -> None:
+        with open_sinks_here(tmp_path, ["wandb"], grace_s=30.0) as (send, _):
+            send({"kind": "train", "step": 1, "loss": 1 / 2})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen(tmp_path, "wandb.seen") == [[1, {"train/loss": 0.5}]]
+    assert seen(tmp_path, "wandb.finished") == [True]
+
+
 def test_a_child_ends_with_a_run_that_was_killed(tmp_path) -> None:
     """With SIGKILL, and also where scheduler and terminal signal the child before that."""
-    fake(tmp_path, "wandb")
+    fake(tmp_path, "wandb", at_import=WAITS)
     code = RUN.replace('"trackio" in names', "True")  # waits for what never comes
     arguments = json.dumps([str(tmp_path), ["wandb"], 5, GRACE_S, None])
     environment = {"PYTHONPATH": f"{tmp_path / 'fakes'}:{ROOT}", "SEEN": str(tmp_path)}
@@ -202,6 +226,7 @@ def test_a_child_ends_with_a_run_that_was_killed(tmp_path) -> None:
     assert alive(pid)
     process.kill()
     process.wait()
+    until = time.monotonic() + 5
     while alive(pid) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive(pid)
@@ -211,18 +236,20 @@ def test_a_child_ends_with_a_run_that_was_killed(tmp_path) -> None:
 class open_sinks_here:
     """`open_sinks` in this process, with the fakes in place of packages."""
 
-    def __init__(self, folder: Path, names: list) -> None:
+    def __init__(self, folder: Path, names: list, grace_s: float = GRACE_S) -> None:
         self.patch, self.said = pytest.MonkeyPatch(), []
         self.patch.syspath_prepend(str(folder / "fakes"))
         self.patch.setenv("SEEN", str(folder))
-        self.block = open_sinks(names, folder, "r", {}, None, self.said.append, grace_s=GRACE_S)
+        self.block = open_sinks(names, folder, "r", {}, None, self.said.append, grace_s=grace_s)
 
     def __enter__(self) -> tuple:
         return self.block.__enter__(), self.said
 
-    def __exit__(self, *error: object) -> None:
-        self.block.__exit__(*error)
-        self.patch.undo()
+    def __exit__(self, *error: object) -> bool | None:
+        try:
+            return self.block.__exit__(*error)
+        finally:
+            self.patch.undo()
 
 
 # --- what is sent --------------------------------------------------------------------------
@@ -285,12 +312,14 @@ def events(folder: Path) -> list:
 
 
 def test_tensorboard_shows_each_step_once(tmp_path) -> None:
-    """The real tensorboardX; a start mark hides what it had from that step on."""
+    """The real tensorboardX, without torch; a start mark hides what it had from that step on."""
+    fake(tmp_path, "torch")
     for resume in (None, 15):
         time.sleep(1.1 if resume else 0)  # a file is named by the second
         told = run(tmp_path, ["tensorboard"], 20, resume, grace_s=30.0)
         assert told["warnings"] == []
     assert told["said"] == [f"tensorboard: tensorboard --logdir {tmp_path / 'tensorboard'}"]
+    assert seen(tmp_path, "torch.pid") == []
     shown: dict[int, list[tuple[str, float]]] = {}
     for event in events(tmp_path / "tensorboard"):
         if event.session_log.status == 1:

@@ -47,7 +47,7 @@ from hebasr_jax.train_step import init_state
 from hebasr_jax.trained import load_trained
 
 FROZEN = Group(0.0)
-OPTIM = Optim(warmup_steps=4, final_rate=1.0, decay="none", weight_decay=0.0)
+OPTIM = Optim(warmup_steps=4, decay="none", weight_decay=0.0, clip_norm=1e9)
 TOP = Stage(
     "top",
     conv_stem=FROZEN,
@@ -212,7 +212,7 @@ STAGES = """
         ),
 """
 STEP = "hebasr_jax.train.one_step"
-EACH = ("train.checkpoint_steps=1", "train.keep_last=20", "train.log_steps=1", "train.steps=None")
+EACH = ("train.checkpoint_steps=1", "data.buckets=1", "train.keep_last=20", "train.log_steps=1", "train.steps=None")
 FLAT = ("optim.decay=none", "optim.weight_decay=0", "validation.every_steps=4")
 
 

@@ -139,11 +139,13 @@ def test_a_busy_hub_is_asked_again(hub, folder, stage):
     assert len(hub.commits) == 2
 
 
-@pytest.mark.parametrize("stage", [CREATE, PUT, COMMIT])
-def test_a_broken_hub_is_given_up_after_three_attempts(hub, folder, stage):
-    hub.faults[stage] = [(500, {})] * 99
+@pytest.mark.parametrize(
+    ("stage", "status"), [(CREATE, 500), (PUT, 500), (COMMIT, 503), (COMMIT, 412)]
+)
+def test_a_broken_hub_is_given_up_after_three_attempts(hub, folder, stage, status):
+    hub.faults[stage] = [(status, {})] * 99
     error = upload(folder, hub)["error"]
-    assert "Attempts: 3, the last: HTTP 500" in error
+    assert f"Attempts: 3, the last: HTTP {status}" in error
     assert "upload it again later" in error
     asked = len(hub.asked(stage))
     assert 3 <= asked <= 9 if stage == PUT else asked == 3  # of three files, at once

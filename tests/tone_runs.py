@@ -122,7 +122,12 @@ def settings(*changes: str) -> list[str]:
 
 
 def start(
-    workspace: Path, *words: str, meddle: dict[str, Any] | None = None, devices: int = 1, **options
+    workspace: Path,
+    *words: str,
+    config: str | Path = "config.py",
+    meddle: dict[str, Any] | None = None,
+    devices: int = 1,
+    **options,
 ) -> subprocess.Popen:
     """`hebasr train --config config.py` and further words, in a process of its own.
 
@@ -133,7 +138,7 @@ def start(
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
     paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, *map(str, program), "train", "--config", "config.py", *words],
+        [sys.executable, *map(str, program), "train", "--config", str(config), *words],
         cwd=workspace,
         env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
