@@ -94,8 +94,8 @@ def test_killed_at_20_instants_of_a_save_a_whole_checkpoint_is_there(tmp_path) -
     for lives in json.loads(child.stdout):
         before = 0  # the step of the last save that was said to be finished
         for life in lives:
+            assert life.startswith("r"), f"restored nothing: {lives}\n{child.stderr}"
             restored, *saved, how = life.split(".")
-            assert restored.startswith("r"), (lives, child.stderr)
             step = int(restored[1:])
             assert step in (before, before + 1), lives  # finished, or finished and not yet told
             before = int(saved[-1][1:]) if saved else step

@@ -212,7 +212,13 @@ STAGES = """
         ),
 """
 STEP = "hebasr_jax.train.one_step"
-EACH = ("train.checkpoint_steps=1", "data.buckets=1", "train.keep_last=20", "train.log_steps=1", "train.steps=None")
+EACH = (
+    "train.checkpoint_steps=1",
+    "data.buckets=1",
+    "train.keep_last=20",
+    "train.log_steps=1",
+    "train.steps=None",
+)
 FLAT = ("optim.decay=none", "optim.weight_decay=0", "validation.every_steps=4")
 
 
