@@ -24,6 +24,7 @@ from hebasr_jax.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from hebasr_jax.config_file import LoadedConfig
     from hebasr_jax.transcribe import Recognition
 
 _WINDOW_S = 3600.0  # audio read ahead, so that clips of like length share a batch
@@ -214,6 +215,12 @@ class Train:
 
             dry_run(loaded)
             return 0
+        from hebasr_jax.run_folder import StopSignal
+
+        with StopSignal():  # the imports take seconds; then `train` has one of its own
+            return self._train(loaded)
+
+    def _train(self, loaded: "LoadedConfig") -> int:
         from hebasr_jax.distributed import is_first, start
         from hebasr_jax.train import train
 

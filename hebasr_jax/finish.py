@@ -28,7 +28,7 @@ from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
 from hebasr_jax.members import best_members, member_weights
 from hebasr_jax.run_config import Config, Source
-from hebasr_jax.run_folder import read_json, write_json
+from hebasr_jax.run_folder import read_json, write_json, write_text
 from hebasr_jax.run_setup import Setup, open_quarantine
 from hebasr_jax.running import Run
 from hebasr_jax.sharding import replicated
@@ -68,7 +68,8 @@ def finish(run: Run) -> None:
     if not is_first():
         return
     for name, rows in texts.items():
-        _write_texts(folder / "eval" / "test" / name / "hypotheses.jsonl", rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(folder / "eval" / "test" / name / "hypotheses.jsonl", lines)
     for name, scores in test.items():
         run.say(describe(f"test, {choice.name}, {name}", {name: scores}))
     done = read_json(folder / FINAL)
@@ -203,7 +204,6 @@ def _whole_sets(run: Run, sets: Sequence[ClipSet]) -> list[DevSet]:
     """Sets with all of their clips, ready to be scored."""
     setup, config = run.setup, run.setup.config
     whole = replace(config, validation=replace(config.validation, max_clips=None))
-    (run.folder / "eval").mkdir(exist_ok=True)
     quarantine = open_quarantine(sets, config, run.folder / "eval" / "quarantine.jsonl")
     return load_dev_sets(sets, setup.tokenizer, whole, quarantine, setup.mesh.size)
 
@@ -244,14 +244,6 @@ def _without_texts(scores: Mapping[str, Any]) -> dict[str, Any]:
         every = max(1, len(row["samples"]) // _SAMPLES)
         found[name] = {**row, "samples": row["samples"][::every][:_SAMPLES]}
     return found
-
-
-def _write_texts(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.partial")
-    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
-    partial_path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
-    partial_path.replace(path)
 
 
 def _sweep(exports: Path) -> None:

@@ -139,9 +139,8 @@ def make_optimizer(
       steps: length of the schedule.
     """
     kinds = {path: _kind(path, leaf, config) for path, leaf in flat(trained).items()}
-    # In the order of the leaves: that of a set differs from start to start, and with it the
-    # program, which would then be compiled again on each resume.
-    transforms = {kind: _direction(config, kind) for kind in dict.fromkeys(kinds.values())}
+    # In one order in all processes: programs must be found again among those on the disk.
+    transforms = {kind: _direction(config, kind) for kind in sorted(set(kinds.values()))}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.multi_transform(transforms, nested(kinds)),
@@ -264,10 +263,15 @@ def measured_rates(params: Tree, config: Optim, stage: Stage) -> dict[str, tuple
         path: (leaf.shape[0] if is_stacked(path) else 2, *(2,) * (leaf.ndim - 1))
         for path, leaf in flat(split_shapes(params, stage)[0]).items()
     }
-    ones = nested({path: jnp.ones(shape) for path, shape in shapes.items()})
+    ones = nested({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
     optimizer = make_optimizer(plain, stage, ones, 1 << 24)
-    zeros = jax.tree.map(jnp.zeros_like, ones)
-    updates, _ = optimizer.update(ones, optimizer.init(ones), zeros)
+
+    @jax.jit  # one program instead of two hundred
+    def first_update(grads: Tree) -> Tree:
+        zeros = jax.tree.map(jnp.zeros_like, grads)
+        return optimizer.update(grads, optimizer.init(zeros), zeros)[0]
+
+    updates = first_update(ones)
     found: dict[str, tuple[float, ...]] = {}
     for path, update in flat(updates).items():
         first = np.asarray(update).reshape(len(update), -1)[:, 0] * -max(config.warmup_steps, 1)

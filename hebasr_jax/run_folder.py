@@ -43,15 +43,21 @@ _SHOWN = 3  # differences named in a message
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader, or a machine that loses power, sees the old or the new file.
+    """Writes JSON as `write_text` writes text."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
-    Raises `UserError` when the disk is full or may not be written to.
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a machine that loses power, sees the old or the new one.
+
+    Half a surrogate pair, as in a path that is not UTF-8, becomes \\udXXX. Raises `UserError` when
+    the disk is full or may not be written to.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -277,6 +283,7 @@ class StopSignal:
         self.requested = False
         self.worth_saving = False
         self.parting = "nothing to save yet"
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "StopSignal":
         self._installed = threading.current_thread() is threading.main_thread()
@@ -304,14 +311,21 @@ class StopSignal:
         return False
 
     def leave_at_once(self, parting: str) -> None:
-        """From now on a signal ends the process with EXIT_RUN_AGAIN, saying `parting`."""
-        self.worth_saving, self.parting = False, parting
+        """From now on a signal ends the process with EXIT_RUN_AGAIN, saying `parting`.
+
+        So does one that came when it was too late to be asked for.
+        """
+        with self._lock:
+            self.worth_saving, self.parting = False, parting
+            if self.requested:
+                _leave(parting, EXIT_RUN_AGAIN)
 
     def _watch(self, reader: socket.socket) -> None:
         with reader:
             while data := reader.recv(1):
                 if data[0] in SIGNALS:
-                    self._receive(data[0])
+                    with self._lock:
+                        self._receive(data[0])
 
     def _receive(self, number: int) -> None:
         name = signal.Signals(number).name

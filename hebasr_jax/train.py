@@ -251,7 +251,7 @@ def next_item(run: Run, trainee: Trainee, items: Iterator[Item]) -> Item:
     """The next batch; where the data ends the run, what was trained until then is saved."""
     try:
         return next(items)
-    except UserError:
+    except Exception:  # bad data, or a reading thread that died
         if jax.process_count() == 1:  # with several hosts the others would not join in
             save(run, trainee)
             run.store.wait()

@@ -29,7 +29,6 @@ from hebasr_jax.paths import flat, is_stacked, nested
 from hebasr_jax.run_config import Augment
 from hebasr_jax.sharding import replicated, rows, shardings
 
-
 # No CUDA graphs: in a whole run at 1.7B the capture of cuDNN's attention failed in step 1
 # (docs/performance.md). A graph has at least so many operations.
 COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1 << 30}

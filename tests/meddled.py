@@ -1,6 +1,7 @@
 """The hebasr command with something done to it: `meddled.py '{"call": ...}' train --config ...`.
 
-call: dotted name of a function; at its `at`-th call the process sends itself `signal`.
+call: dotted name of a function; at its `at`-th call the process sends itself `signal`; a list
+  of signals is sent with half a second between them.
 file_bytes: no file may grow beyond so many bytes, as on a disk that is full.
 rows: a file that gets a line, "set epoch batch clip...", for each row of a batch that is read.
 """
@@ -12,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 
 from hebasr_jax.cli import main
 from hebasr_jax.data import pipeline
@@ -19,14 +21,16 @@ from hebasr_jax.data import pipeline
 ASKED = json.loads(sys.argv[1])
 
 
-def signal_at(name: str, at: int, number: signal.Signals) -> None:
+def signal_at(name: str, at: int, *numbers: signal.Signals) -> None:
     module, function = name.rsplit(".", 1)
     owner, calls = importlib.import_module(module), itertools.count(1)
     original = getattr(owner, function)
 
     def called(*arguments, **named):
         if next(calls) == at:
-            os.kill(os.getpid(), number)
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(0.5 * (len(numbers) > 1))
         return original(*arguments, **named)
 
     setattr(owner, function, called)
@@ -46,7 +50,8 @@ def write_rows(path: str) -> None:
 
 
 if "call" in ASKED:
-    signal_at(ASKED["call"], ASKED["at"], signal.Signals[ASKED["signal"]])
+    names = ASKED["signal"] if isinstance(ASKED["signal"], list) else [ASKED["signal"]]
+    signal_at(ASKED["call"], ASKED["at"], *(signal.Signals[name] for name in names))
 if "file_bytes" in ASKED:
     resource.setrlimit(resource.RLIMIT_FSIZE, (ASKED["file_bytes"], resource.RLIM_INFINITY))
 if "rows" in ASKED:
