@@ -212,8 +212,7 @@ def build_prompt(tokenizer: TextTokenizer, style: PromptStyle, *, context: str =
     context_ids = _last_words(tokenizer, encode(context.strip()))
     before = (special.im_start, *encode("system\n"), *context_ids, special.im_end, *newline)
     before += (special.im_start, *encode("user\n"), special.audio_start)
-    after = (special.audio_end, special.im_end, *newline)
-    after += (special.im_start, *encode("assistant\n"))
+    after = (special.audio_end, special.im_end, *newline, special.im_start, *encode("assistant\n"))
     if style.language_in_prompt:
         after += _language_prefix(tokenizer, style)
     if style.stamps:
