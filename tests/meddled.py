@@ -3,6 +3,7 @@
 call: dotted name of a function; at its `at`-th call the process sends itself `signal`; a list
   of signals is sent with half a second between them.
 file_bytes: no file may grow beyond so many bytes, as on a disk that is full.
+clock: seconds by which each call of `time.time` moves the clock.
 rows: a file that gets a line, "set epoch batch clip...", for each row of a batch that is read.
 """
 
@@ -36,6 +37,11 @@ def signal_at(name: str, at: int, *numbers: signal.Signals) -> None:
     setattr(owner, function, called)
 
 
+def shift_clock(seconds: float) -> None:
+    clock, count = time.time, itertools.count(1)
+    time.time = lambda: clock() + seconds * next(count)
+
+
 def write_rows(path: str) -> None:
     original = pipeline._load_row
 
@@ -54,6 +60,8 @@ if "call" in ASKED:
     signal_at(ASKED["call"], ASKED["at"], *(signal.Signals[name] for name in names))
 if "file_bytes" in ASKED:
     resource.setrlimit(resource.RLIMIT_FSIZE, (ASKED["file_bytes"], resource.RLIM_INFINITY))
+if "clock" in ASKED:
+    shift_clock(ASKED["clock"])
 if "rows" in ASKED:
     write_rows(ASKED["rows"])
 sys.exit(main(sys.argv[2:]))
