@@ -3,6 +3,8 @@
 call: dotted name of a function; at its `at`-th call the process sends itself `signal`; a list
   of signals is sent with half a second between them.
 file_bytes: no file may grow beyond so many bytes, as on a disk that is full.
+clock: seconds by which each call of `time.time` moves the clock.
+poison: [epoch, number] of a batch of which a clip makes the loss NaN, if this host is to `mark` it.
 rows: a file that gets a line, "set epoch batch clip...", for each row of a batch that is read.
 """
 
@@ -14,6 +16,8 @@ import resource
 import signal
 import sys
 import time
+
+import poison
 
 from hebasr_jax.cli import main
 from hebasr_jax.data import pipeline
@@ -36,6 +40,11 @@ def signal_at(name: str, at: int, *numbers: signal.Signals) -> None:
     setattr(owner, function, called)
 
 
+def shift_clock(seconds: float) -> None:
+    clock, count = time.time, itertools.count(1)
+    time.time = lambda: clock() + seconds * next(count)
+
+
 def write_rows(path: str) -> None:
     original = pipeline._load_row
 
@@ -54,6 +63,12 @@ if "call" in ASKED:
     signal_at(ASKED["call"], ASKED["at"], *(signal.Signals[name] for name in names))
 if "file_bytes" in ASKED:
     resource.setrlimit(resource.RLIMIT_FSIZE, (ASKED["file_bytes"], resource.RLIM_INFINITY))
+if "clock" in ASKED:
+    shift_clock(ASKED["clock"])
+if "poison" in ASKED:
+    poison.know_the_mark()
+    if ASKED["mark"]:
+        poison.mark(*ASKED["poison"])
 if "rows" in ASKED:
     write_rows(ASKED["rows"])
 sys.exit(main(sys.argv[2:]))

@@ -1,7 +1,11 @@
 """Groups, rates and the cut: every parameter has one rule, and the rule is obeyed."""
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -175,3 +179,31 @@ def test_the_table_counts_what_is_trained() -> None:
 def test_impossible_groups_are_refused(stage, message) -> None:
     with pytest.raises(UserError, match=message):
         check_groups(abstract_params(TINY), stage)
+
+
+_PROGRAM = """
+import hashlib, jax
+from hebasr_jax.model.asr import abstract_params
+from hebasr_jax.optim import make_optimizer
+from hebasr_jax.run_config import Optim, Stage
+from hebasr_jax.tiny import TINY
+params = abstract_params(TINY)
+optimizer = make_optimizer(Optim(), Stage(), params, 10)
+state = jax.eval_shape(optimizer.init, params)
+text = jax.jit(optimizer.update).lower(params, state, params).as_text()
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_every_process_makes_the_same_program() -> None:
+    """Else a resumed run compiles anew, and adds in another order: sets are ordered by a seed."""
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+        )
+        for seed in ("0", "4")  # of which {"matrix", "vector"} is in different orders
+    ]
+    first, second = (child.communicate(timeout=120)[0] for child in children)
+    assert first == second != b""

@@ -1,4 +1,7 @@
-"""Two processes of one device each train as one process of two devices does, and stop together."""
+"""Two processes of one device each train as one process of two devices does, and stop together.
+
+Of the fifth batch one clip makes the loss NaN: with two hosts only the second one reads it.
+"""
 
 import socket
 from pathlib import Path
@@ -18,6 +21,8 @@ from tone_runs import (
     validations,
 )
 
+from hebasr_jax.tracking import read_metrics
+
 CHANGES = (
     "data.buckets=1",
     "train.steps=10",
@@ -32,17 +37,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def on_two_hosts(space: Path, *changes: str, code: int, stop: dict) -> list[str]:
+def meddle(rows: str, *, mark: bool = True, at: int | None = None) -> dict:
+    """For tests/meddled.py: rows go to a file, batch 4 is poisoned, a signal stops step `at`."""
+    stop = {"call": "hebasr_jax.train.one_step", "at": at, "signal": "SIGTERM"} if at else {}
+    return {"rows": rows, "poison": [0, 4], "mark": mark} | stop
+
+
+def on_two_hosts(space: Path, *changes: str, code: int, at: int) -> list[str]:
     """What each host said; both must end with `code`. Rows that they read go to rows-0, rows-1.
 
     Args:
-      stop: what tests/meddled.py does to the second host.
+      at: the second host gets a signal at its step of this number.
     """
     port, hosts = free_port(), []
     for number in (0, 1):
         words = ("--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(number))
-        meddle = {"rows": f"rows-{number}"} | (stop if number else {})
-        hosts.append(start(space, *settings(*CHANGES, *changes), *words, meddle=meddle))
+        done = meddle(f"rows-{number}", mark=number == 1, at=at if number else None)
+        hosts.append(start(space, *settings(*CHANGES, *changes), *words, meddle=done))
     try:
         return [end(host, code) for host in hosts]
     finally:
@@ -52,22 +63,25 @@ def on_two_hosts(space: Path, *changes: str, code: int, stop: dict) -> list[str]
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> SimpleNamespace:
-    """Runs `one`, of one host with two devices, and `two`, of two hosts until they were stopped.
+    """Runs `one`, of one host with two devices, and `two`, of one host, then two, then one.
 
-    first, second: what the two hosts said. stopped: their last step. again: what one host with
-    two devices said that took the run over.
+    first, second: what the two hosts said. began, stopped: the steps that they went on from and
+    stopped at. again: what the one host said that took the run over.
     """
     space = make_workspace(tmp_path_factory.getbasetemp(), "hosts")
-    train(space, *settings(*CHANGES, "name=one"), devices=2, meddle={"rows": "rows"})
-    stop = {"call": "hebasr_jax.train.one_step", "at": 6, "signal": "SIGTERM"}
-    first, second = on_two_hosts(space, "name=two", code=75, stop=stop)
+    words = settings(*CHANGES, "name=two")
+    train(space, *settings(*CHANGES, "name=one"), devices=2, meddle=meddle("rows"))
+    train(space, *words, code=75, devices=2, meddle=meddle("rows-before", at=2))
+    began = checkpoints(space / "runs" / "two")[-1]
+    first, second = on_two_hosts(space, "name=two", code=75, at=3)
     stopped = checkpoints(space / "runs" / "two")[-1]
-    again = train(space, *settings(*CHANGES, "name=two"), devices=2)
+    again = train(space, *words, devices=2, meddle=meddle("rows-after"))
     return SimpleNamespace(
         one=space / "runs" / "one",
         two=space / "runs" / "two",
         first=first,
         second=second,
+        began=began,
         stopped=stopped,
         again=again,
         space=space,
@@ -75,7 +89,9 @@ def told(tmp_path_factory) -> SimpleNamespace:
 
 
 def test_a_signal_to_one_host_stops_both_with_a_checkpoint(told) -> None:
-    assert 6 <= told.stopped <= 8
+    assert 2 <= told.began <= 4
+    assert told.began + 3 <= told.stopped <= told.began + 5
+    assert f"going on from step {told.began}" in told.first
     assert "SIGTERM" in told.second
     assert "SIGTERM" not in told.first
     assert f"going on from step {told.stopped}" in told.again
@@ -90,7 +106,9 @@ def test_only_the_first_host_speaks(told) -> None:
 
 def test_losses_weights_and_wer_are_those_of_one_host(told) -> None:
     assert len(losses(told.one)) == 10
-    np.testing.assert_allclose(losses(told.two), losses(told.one), rtol=1e-6)
+    ours, theirs = (np.array(losses(run), float) for run in (told.two, told.one))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert np.flatnonzero(np.isnan(ours)) == [4]
     for ours, theirs in zip(validations(told.two), validations(told.one), strict=True):
         mine, other = ours["sets"]["held"], theirs["sets"]["held"]
         assert ours["step"] == theirs["step"]
@@ -102,15 +120,42 @@ def test_losses_weights_and_wer_are_those_of_one_host(told) -> None:
             assert np.linalg.norm(leaf - theirs[name]) <= 1e-4 * np.linalg.norm(leaf), name
 
 
+def test_a_gradient_that_is_not_finite_on_one_host_is_skipped_by_both(told) -> None:
+    assert "step 5 was skipped: loss nan" in told.first
+    for run in (told.one, told.two):
+        lines = read_metrics(run / "metrics.jsonl")
+        [skipped] = [line for line in lines if line["kind"] == "skipped"]
+        assert (skipped["step"], skipped["epoch"], skipped["batch"]) == (5, 0, 4)
+        assert [line["skipped"] for line in lines if line["kind"] == "train"][-1] == 1
+
+
+def read(space: Path, name: str) -> dict[int, set[str]]:
+    """The rows that a process read of each batch of the first epoch."""
+    batches: dict[int, set[str]] = {}
+    for line in (space / name).read_text().splitlines():
+        if line.startswith("tones 0 "):
+            batches.setdefault(int(line.split()[2]), set()).add(line)
+    return batches
+
+
 def test_each_host_reads_only_its_half_of_every_batch(told) -> None:
-    whole, first, second = (
-        {line for line in (told.space / name).read_text().splitlines() if "tones 0 " in line}
-        for name in ("rows", "rows-0", "rows-1")
+    whole, first, second = (read(told.space, name) for name in ("rows", "rows-0", "rows-1"))
+    assert first.keys() >= set(range(told.began, told.stopped))
+    for number, mine in first.items():
+        other = second.get(number, set())
+        if number < told.stopped:
+            assert mine | other == whole[number]
+        assert not mine & other
+        assert mine <= whole[number]
+        assert len(mine) in (4, 1)  # the epoch's last row is in a batch of its own
+
+
+def test_however_many_hosts_each_step_is_of_the_same_clips(told) -> None:
+    whole, before, after = (
+        read(told.space, name) for name in ("rows", "rows-before", "rows-after")
     )
-    read = {int(line.split()[2]) for line in first}
-    assert {line for line in whole if int(line.split()[2]) in read} == first | second
-    assert not first & second
-    assert read >= set(range(6))
-    for number in read:
-        rows = [sum(int(x.split()[2]) == number for x in part) for part in (first, second)]
-        assert rows in ([4, 4], [1, 0])  # the epoch's last row is in a batch of its own
+    assert whole.keys() == set(range(9))
+    assert before.keys() >= set(range(told.began))
+    assert after.keys() == set(range(told.stopped, 9))
+    assert all(after[number] == whole[number] for number in after)
+    assert all(before[number] == whole[number] for number in range(told.began))

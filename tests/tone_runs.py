@@ -50,6 +50,16 @@ def get_config():
     )
 """
 
+QUICK = (
+    *(f"stages.0.{group}.learning_rate=0" for group in ("conv_stem", "encoder", "projector")),
+    "stages.0.embedding.learning_rate=0",
+    "stages.0.decoder.trained_layers=1",
+    "augment.speed_factors=(1.0,)",
+    "augment.time_masks=0",
+    "augment.mel_masks=0",
+)
+"""Settings for a step that compiles fast, where it is of no matter what a run trains."""
+
 
 def tone_words(
     words: list[str], rng: np.random.Generator, noise: float = 0.02, spread: float = 0.06
