@@ -5,8 +5,10 @@ python scripts/train.py --config configs/finetune.py --dry-run
 
 from hebasr_jax.run_config import (
     Augment,
+    Average,
     Config,
     Data,
+    Export,
     Group,
     Model,
     Optim,
@@ -44,4 +46,6 @@ def get_config() -> Config:
         ),
         train=Train(checkpoint_steps=500),
         validation=Validation(every_steps=500),
+        average=Average(best=3),
+        export=Export(layouts=("original", "transformers")),
     )

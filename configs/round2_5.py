@@ -21,7 +21,8 @@ def get_config() -> Config:
         config,
         name="round2_5",
         # Shares of the clips that have them, drawn anew in each epoch (ivrit: once for all).
-        text=Text(stamp_share=0.4, context_share=0.5),
+        # One context in ten is another recording's, lest the model copy it; not in the source.
+        text=Text(stamp_share=0.4, context_share=0.5, wrong_context_share=0.1),
         data=replace(
             config.data,
             train=(
@@ -34,8 +35,9 @@ def get_config() -> Config:
         augment=replace(
             config.augment,
             speed_factors=(0.9, 1.0, 1.1),  # by resampling, as Kaldi; source: by interpolation
-            noise_share=0.4,
+            noise_share=0.2,  # source: half of the clips are augmented, 40 % of those with noise
             noise_snr_db=(15.0, 30.0),
+            # Not taken: pitch by +-2 semitones, a second change of pitch beside the speed's.
             band_share=0.1,  # telephone-like, for eval-whatsapp; not in the source
         ),
         stages=tuple(replace(stage, mix=mix) for stage in config.stages),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hebasr_jax.config_file import LoadedConfig, checked, flatten
@@ -129,12 +130,17 @@ def variants(config: Config) -> dict[str, Config]:
     return found
 
 
-def ablate(loaded: LoadedConfig, say: Say) -> int:
+def ablate(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> int:
     """Trains and scores every variant, then writes the table; the exit code is `train`'s.
 
     Scored are the test sets, or where there is none the dev sets. Nothing is exported.
+
+    Args:
+      accept_changes: as of `train`, for each variant.
     """
     config = loaded.config
+    if jax.process_count() > 1:
+        raise UserError("an ablation runs on one host", do="start it on one, with all its devices")
     scored = config.data.test or config.data.dev
     if not scored:
         raise UserError("nothing to compare on", "data.test and data.dev are empty", "name a set")
@@ -153,9 +159,10 @@ def ablate(loaded: LoadedConfig, say: Say) -> int:
             steps = read_json(folder / WHOLE / FINAL)["step"]  # the same budget
             variant = replace(variant, train=replace(variant.train, steps=steps))
         origins = dict.fromkeys(flatten(variant), f"ablation: {name}")
-        if code := train(LoadedConfig(variant, origins), say):
+        if code := train(LoadedConfig(variant, origins), say, accept_changes=accept_changes):
             return code
-    rows = compare_variants(folder, list(runs), config.validation.bootstrap, config.seed)
+    sets = [source.name for source in scored]
+    rows = compare_variants(folder, list(runs), sets, config.validation.bootstrap, config.seed)
     write_json(folder / "ablation.json", {"rows": rows})
     (folder / "ablation.md").write_text(table := markdown(rows), encoding="utf-8")
     say(table)
@@ -168,18 +175,20 @@ def folder_name(variant: str) -> str:
     return "-".join(variant.replace(",", "").split())
 
 
-def compare_variants(folder: Path, names: Sequence[str], resamples: int, seed: int) -> list[Row]:
+def compare_variants(
+    folder: Path, names: Sequence[str], sets: Sequence[str], resamples: int, seed: int
+) -> list[Row]:
     """A row for each variant and set: its WER, and how much it is above that of the whole recipe.
 
     The interval is a paired bootstrap over the groups of the set (recordings, speakers or clips).
     """
-    whole = _texts(folder / WHOLE)
     rows = []
     for name in names:
-        for of_set, texts in _texts(folder / folder_name(name)).items():
-            if [t["id"] for t in texts] != [t["id"] for t in whole[of_set]]:
+        for of_set in sets:
+            texts, whole = (_texts(folder / run, of_set) for run in (folder_name(name), WHOLE))
+            if [t["id"] for t in texts] != [t["id"] for t in whole]:
                 raise UserError(f"{name} and {WHOLE} were not scored on the same clips of {of_set}")
-            sides = [_errors(texts), _errors(whole[of_set])]
+            sides = [_errors(texts), _errors(whole)]
             found = paired_interval(
                 np.array([errors for errors, _ in sides]),
                 sides[0][1],
@@ -228,13 +237,10 @@ def _take_over(folder: Path, base: Config, variant: Config) -> bool:
     return True
 
 
-def _texts(run: Path) -> dict[str, list[dict[str, str]]]:
-    """What a run wrote on each test set, clip by clip."""
-    found = {}
-    for path in sorted((run / "eval" / "test").glob("*/hypotheses.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found[path.parent.name] = [json.loads(line) for line in lines]
-    return found
+def _texts(run: Path, of_set: str) -> list[dict[str, str]]:
+    """What a run wrote on a test set, clip by clip."""
+    path = run / "eval" / "test" / of_set / "hypotheses.jsonl"
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def _finite(value: Any) -> Any:

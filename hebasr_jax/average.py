@@ -119,7 +119,7 @@ def compare(
             given = score(tree)
             if given is None:
                 return None
-            scores = json.loads(json.dumps(_finite(given)))  # as they are read back
+            scores = json.loads(json.dumps(finite(given)))  # as they are read back
             if path and is_first():
                 content = {"name": candidate.name, "weights": candidate.shares, "scores": scores}
                 write_json(path, content)
@@ -255,12 +255,12 @@ def _mean(scores: Mapping[str, Any], figure: str) -> float | None:
     return None if not values or None in values else float(np.mean(values))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with None for what JSON cannot hold."""
     if isinstance(value, Mapping):
-        return {name: _finite(below) for name, below in value.items()}
+        return {name: finite(below) for name, below in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(below) for below in value]
+        return [finite(below) for below in value]
     if isinstance(value, float | np.floating):
         return float(value) if math.isfinite(value) else None
     return value

@@ -189,7 +189,7 @@ def _limits(facts: Facts, config: Facts) -> str:
         stamps = (
             f"Time stamps were trained on a share of {number(share)} of the clips that have them; "
             "their accuracy was not scored."
-            if share
+            if share and facts.get("stamped_clips") != 0
             else "No time stamps: they were not trained."
         )
     length = "The longest clip in training is unknown"

@@ -229,7 +229,7 @@ class Train:
         if self.ablate:
             from hebasr_jax.ablate import ablate
 
-            return ablate(loaded, say)
+            return ablate(loaded, say, accept_changes=self.accept_changes)
         return train(loaded, say, accept_changes=self.accept_changes)
 
 

@@ -332,6 +332,14 @@ def _check_sense(config: Config) -> None:
             raise UserError(f"{at} = {low}, {high}: the lower value comes first")
     if not augment.speed_factors:
         raise UserError("augment.speed_factors is empty", "", "give 1.0 for no change of speed")
+    _check_names(config)
+    if not re.fullmatch(r"[^\W.][^/\\\0]*", config.name):
+        raise UserError(f"name = {config.name!r} cannot name a run folder", "", "name = round2")
+
+
+def _check_names(config: Config) -> None:
+    """Refuses names of sets and stages that are none, are there twice, or are not there."""
+    data = config.data
     names = {
         "data.train": [source.name for source in data.train],
         "data.dev": [source.name for source in data.dev],
@@ -339,6 +347,9 @@ def _check_sense(config: Config) -> None:
         "stages": [stage.name for stage in config.stages],
     }
     for at, named in names.items():
+        for name in named:  # they become names of folders and files
+            if not re.fullmatch(r"[^./\\\0][^/\\\0]*", name):
+                raise UserError(f"{at}: {name!r} is no name", "it is empty, or has . first or a /")
         if len(set(named)) < len(named):
             raise UserError(f"{at}: two have one name", f"names are {', '.join(named)}")
     if not config.stages:
@@ -351,8 +362,6 @@ def _check_sense(config: Config) -> None:
                 f"data.train has {', '.join(names['data.train']) or 'no set'}",
                 "name each set once",
             )
-    if not re.fullmatch(r"[^\W.][^/\\\0]*", config.name):
-        raise UserError(f"name = {config.name!r} cannot name a run folder", "", "name = round2")
 
 
 def _unknown(at: str, values: Mapping[str, Any]) -> UserError:

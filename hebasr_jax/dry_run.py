@@ -20,7 +20,7 @@ from hebasr_jax.data.plan import plan_table
 from hebasr_jax.data.sources import is_there
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import abstract_params
-from hebasr_jax.optim import check_groups, measured_rates, rate_table
+from hebasr_jax.optim import check_groups, rate_table
 from hebasr_jax.rate_tables import layer_rows, rate_rows
 from hebasr_jax.run_config import Config, Source
 from hebasr_jax.run_setup import Setup, compile_steps, set_up, step_for
@@ -45,7 +45,7 @@ def dry_run(loaded: LoadedConfig) -> None:
     if absent:
         show("Sets that are not here; what follows is without them", absent)
     if not config.data.train:
-        _show_rates_alone(config)
+        _show_rates_alone(loaded.config)
         return
     with tempfile.TemporaryDirectory(prefix="hebasr-dry-run-") as folder:
         setup = set_up(config, Path(folder) / "model", Path(folder) / "quarantine.jsonl")
@@ -63,7 +63,10 @@ def dry_run(loaded: LoadedConfig) -> None:
 
 
 def what_is_here(config: Config) -> tuple[Config, list[Row]]:
-    """The config without the sets that are not on this machine, and a row for each of those."""
+    """The config without the sets that are not on this machine, and a row for each of those.
+
+    A stage all of whose sets are missing is left out.
+    """
     data = config.data
     kept: dict[str, Any] = {}
     absent: list[Row] = []
@@ -76,11 +79,17 @@ def what_is_here(config: Config) -> tuple[Config, list[Row]]:
             if s not in kept[part]
         ]
     here = {source.name for source in kept["train"]}
-    stages = tuple(
-        replace(stage, mix=tuple(part for part in stage.mix if part.set in here))
-        for stage in config.stages
-    )
-    return replace(config, data=replace(data, **kept), stages=stages), absent
+    stages = []
+    for stage in config.stages:
+        mix = tuple(part for part in stage.mix if part.set in here)
+        if mix or not stage.mix:
+            stages.append(replace(stage, mix=mix))
+        else:
+            absent.append({"set": "all of the stage", "for": f"stage {stage.name}"})
+    if not stages:
+        kept["train"] = ()
+    here_config = replace(config, data=replace(data, **kept), stages=tuple(stages))
+    return here_config, absent
 
 
 def _show_rates_alone(config: Config) -> None:
@@ -94,17 +103,16 @@ def _show_rates_alone(config: Config) -> None:
     for stage in config.stages:
         check_groups(shapes, stage)
         rates = rate_table(shapes, stage)
-        measured = measured_rates(shapes, config.optim, stage)
-        show(f"Learning rates, stage {stage.name}", rate_rows(rates, measured))
+        show(f"Learning rates, stage {stage.name}", rate_rows(rates, {}))
         show(f"Learning rates by layer, stage {stage.name}", layer_rows(rates))
-    print("No set of data.train is here: no plan, no memory, no time.")
+    print("No set of data.train is here: no plan, no memory, no time, no rates measured.")
 
 
 def _show_stage(setup: Setup, part: Part) -> float:
     """Prints a stage's rates, measured too, and the plan of its first epoch; its hours of audio."""
     of = f", stage {part.stage.name}" if len(setup.parts) > 1 else ""
     rates = rate_table(setup.shapes, part.stage)
-    measured = checked_rates(part, setup.shapes, setup.config)
+    measured = checked_rates(part, setup.shapes)
     show(f"Learning rates{of}", rate_rows(rates, measured))
     show(f"Learning rates by layer{of}", layer_rows(rates))
     plan = plan_table(part.feed.table, part.feed.plan(0), setup.config.data)

@@ -19,15 +19,16 @@ from typing import Any
 
 import jax
 
-from hebasr_jax.average import Choice, compare, describe
+from hebasr_jax.audio import SAMPLE_RATE
+from hebasr_jax.average import Choice, compare, describe, finite
 from hebasr_jax.card import write_card
 from hebasr_jax.data.clips import ClipSet
 from hebasr_jax.data.sources import open_sources
-from hebasr_jax.distributed import is_first, on_first, place_whole
+from hebasr_jax.distributed import any_host, is_first, on_first, place_whole
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
 from hebasr_jax.members import best_members, member_weights
-from hebasr_jax.run_config import Config, Source
+from hebasr_jax.run_config import Config
 from hebasr_jax.run_folder import read_json, write_json, write_text
 from hebasr_jax.run_setup import Setup, open_quarantine
 from hebasr_jax.running import Run
@@ -49,51 +50,65 @@ def asked_for(config: Config) -> bool:
 
 
 def repository(config: Config) -> str | None:
-    """The hub repository that the model goes to; a bad id is refused, before training."""
+    """The hub repository that the model goes to; what cannot work is refused, before training."""
     name = os.environ.get(REPOSITORY, "").strip()
-    if not name or not config.export.upload or not config.export.layouts:
+    if not name or not config.export.upload:
         return None
     check_repo_id(name)
+    if not config.export.layouts:
+        raise UserError(
+            f"{REPOSITORY} is set, and nothing would be uploaded",
+            "export.layouts is empty",
+            "set export.layouts=original, or export.upload=false",
+        )
     return name
 
 
 def finish(run: Run) -> None:
     """All that the config asks for after the last step; what is there from before is kept."""
-    config, folder = run.setup.config, run.folder
+    setup, folder = run.setup, run.folder
     run.stop.leave_at_once("what is done is kept, and the same command goes on")
-    on_first(partial(_sweep, folder / "export"), "sweep")
+    on_first(partial(_sweep, folder), "sweep")
     choice = choose(run)
-    texts, test = score_whole(run, choice.params, config.data.test)
-    facts = final_facts(run.setup, choice, test, run.setup.steps)
-    if not is_first():
-        return
-    for name, rows in texts.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(folder / "eval" / "test" / name / "hypotheses.jsonl", lines)
-    for name, scores in test.items():
-        run.say(describe(f"test, {choice.name}, {name}", {name: scores}))
-    done = read_json(folder / FINAL)
-    if done.get("key") == facts["key"]:
-        facts |= {name: done[name] for name in ("exports", "upload") if name in done}
-    write_json(folder / FINAL, facts)
-    export_all(run, choice, facts)
-    publish(run, facts)
+    key = weights_key(folder, choice)
+    test = score_tests(run, choice, key)
+    facts = final_facts(setup, choice, test, key)
+
+    def write() -> None:
+        for name, scores in test.items():
+            run.say(describe(f"test, {choice.name}, {name}", {name: scores}))
+        done = read_json(folder / FINAL)
+        facts["exports"] = done.get("exports", {})
+        facts["upload"] = done.get("upload", {})
+        write_json(folder / FINAL, facts)
+        export_all(run, choice, facts)
+        publish(run, facts)
+
+    on_first(write, "finish")  # an early exit of the other hosts would end this one
+
+
+def weights_key(folder: Path, choice: Choice) -> str:
+    """Names the chosen weights: changes with any bit of a member, and with its share."""
+    members = {
+        name.split()[-1]: (share, _digest(folder / "checkpoints" / name.split()[-1]))
+        for name, share in choice.weights.items()
+    }
+    return hashlib.sha256(json.dumps(members, sort_keys=True).encode()).hexdigest()
 
 
 def choose(run: Run) -> Choice:
     """The best of the best checkpoints and their mean, on the whole dev sets.
 
-    Without dev sets, or if they were never scored, the newest checkpoint.
+    Where no dev set was scored, or none has a word, the newest checkpoint.
     """
     setup, config, average = run.setup, run.setup.config, run.setup.config.average
-    if not setup.dev_sets or not config.validation.every_steps:
+    figures = [row.get(average.by) for row in read_json(run.store.best).values()]
+    if not any(figure is not None for figure in figures):
         newest = run.store.steps()[-1]
         name = f"step {newest}"
-        run.say(f"no dev set was scored: {name}, the last, is taken")
+        run.say(f"no checkpoint has a dev {average.by}: {name}, the last, is taken")
         return Choice(name, {name: 1.0}, load_trained(run.store.path(newest)), {}, [])
     members = best_members([run.folder], best=average.best, by=average.by, say=run.say)
-    fixed = [s.fingerprint for s in setup.dev_sets]
-    key = json.dumps([fixed, config.compute.dtype, config.text.language_in_prompt])
     run.say(f"on the whole dev sets: {', '.join(member.name for member in members)}")
     dev_sets: list[DevSet] = []
 
@@ -109,95 +124,134 @@ def choose(run: Run) -> Choice:
         score,
         soup=average.soup,
         kept=run.folder / "eval" / "candidates",
-        key=key,
+        key=_scoring_key(config, setup.dev_sets),
         say=run.say,
     )
     assert choice is not None  # a signal ends the process here
     return choice
 
 
-def score_whole(
-    run: Run, params: Any, sources: Sequence[Source]
-) -> tuple[dict[str, list[dict[str, str]]], dict[str, Any]]:
-    """Texts and scores of whole sets: {set: rows of id, reference, hypothesis}, {set: scores}."""
-    if not sources:
-        return {}, {}
-    scores = _score(run, params, _whole_sets(run, open_sources(sources)))
-    return {name: found["samples"] for name, found in scores.items()}, _without_texts(scores)
+def score_tests(run: Run, choice: Choice, key: str) -> dict[str, Any]:
+    """Scores of the whole test sets; texts and scores are kept in eval/test/, by set.
+
+    Args:
+      key: of the weights. Scores that are there for the same key and data are not made again.
+    """
+    found, left = {}, []
+    for clips in open_sources(run.setup.config.data.test):
+        wanted = [key, _scoring_key(run.setup.config, [clips])]
+        path = run.folder / "eval" / "test" / clips.name / "results.json"
+        kept = read_json(path)
+        if any_host(kept.get("key") != wanted):
+            left.append((clips, path, wanted))
+        else:
+            found[clips.name] = kept["scores"]
+    for clips, path, wanted in left:
+        scores = _score(run, choice.params, _whole_sets(run, [clips]))
+        rows = scores[clips.name]["samples"]
+        # What is not finite is null, as it will be read back.
+        found |= json.loads(json.dumps(finite(_without_texts(scores))))
+        if is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(path.with_name("hypotheses.jsonl"), lines)
+            write_json(path, {"key": wanted, "scores": found[clips.name]})
+    return found
 
 
-def final_facts(
-    setup: Setup, choice: Choice, test: Mapping[str, Any], steps: int
-) -> dict[str, Any]:
-    """What final.json and the card tell; `key` names the weights and the settings of the export."""
-    config = setup.config
+def final_facts(setup: Setup, choice: Choice, test: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What final.json and the card tell; `key` is of the weights."""
     base = setup.source
-    sources = {source.name: source for source in config.data.train}
-    named = [steps, choice.weights, config.export.dtype, setup.tokenizer_sha256]
     return {
-        "key": hashlib.sha256(json.dumps(named).encode()).hexdigest(),
-        "step": steps,
+        "key": key,
+        "step": setup.steps,
         "chosen": choice.name,
         "members": choice.weights,
         "candidates": choice.table,
         "scores": {"dev": choice.scores, "test": dict(test)},
         "base_model": base.source if base.revision else Path(base.source).name,
         "base_revision": base.revision,
-        "data": {
-            s.name: {
-                "path": sources[s.name].path,
-                "hub": sources[s.name].hub,
-                "revision": f"what was read has fingerprint {s.fingerprint[:16]}",
-                "licence": sources[s.name].licence,
-                "hours": sum(clip.duration_s for clip in s.clips) / 3600,
-                "clips": len(s.clips),
-            }
-            for s in setup.sets
-        },
+        "stamped_clips": sum(bool(clip.segments) for s in setup.sets for clip in s.clips),
+        "data": _data(setup),
     }
+
+
+def _data(setup: Setup) -> dict[str, Any]:
+    """The sets that any stage trains on, with the clips that it can use."""
+    sources = {source.name: source for source in setup.config.data.train}
+    rows: dict[str, Any] = {}
+    for part in setup.parts:
+        table = part.feed.table
+        for info, first, last in zip(table.sets, table.first_S, table.first_S[1:], strict=False):
+            source = sources[info.name]
+            rows[info.name] = {
+                "path": source.path,
+                "hub": source.hub,
+                "revision": f"what was read has fingerprint {info.fingerprint[:16]}",
+                "licence": source.licence,
+                "hours": float(table.samples_C[first:last].sum()) / SAMPLE_RATE / 3600,
+                "clips": info.clips,
+            }
+    return rows
 
 
 def export_all(run: Run, choice: Choice, facts: dict[str, Any]) -> None:
     """A model folder with its card for each layout; those of other weights are replaced."""
     setup, export = run.setup, run.setup.config.export
+    wanted = f"{facts['key']} {export.dtype}"
     for layout in export.layouts:
         folder = run.folder / "export" / layout
-        if facts.get("exports", {}).get(layout) == facts["key"] and folder.is_dir():
-            continue
-        if folder.exists():
-            shutil.rmtree(folder)
-        write_model(
-            choice.params,
-            setup.model,
-            setup.files,
-            folder,
-            layout,
-            dtype=jax.numpy.dtype(export.dtype),
-        )
-        write_card(folder, run.folder, _for_the_card(facts) | {"layout": layout})
-        facts["exports"] = facts.get("exports", {}) | {layout: facts["key"]}
+        if facts["exports"].get(layout) != wanted or not folder.is_dir():
+            if folder.exists():
+                shutil.rmtree(folder)
+            write_model(
+                choice.params,
+                setup.model,
+                setup.files,
+                folder,
+                layout,
+                dtype=jax.numpy.dtype(export.dtype),
+            )
+            run.say(f"exported {choice.name} to {folder}")
+        card = _for_the_card(facts) | {"layout": layout, "repo": repository(setup.config)}
+        write_card(folder, run.folder, card)
+        facts["exports"] = facts["exports"] | {layout: wanted}
         write_json(run.folder / FINAL, facts)
-        run.say(f"exported {choice.name} to {folder}")
 
 
 def publish(run: Run, facts: dict[str, Any]) -> None:
     """Uploads the first layout, if HF_REPO_ID names a place; what fails is told and recorded."""
     config = run.setup.config
     repo = repository(config)
-    if repo is None or facts.get("upload", {}).get("repository") == repo:
+    if repo is None:
         return
     layout = config.export.layouts[0]
     folder = run.folder / "export" / layout
-    write_card(folder, run.folder, _for_the_card(facts) | {"layout": layout, "repo": repo})
+    card = hashlib.sha256((folder / "README.md").read_bytes()).hexdigest()
+    what = {"repository": repo, "layout": layout, "weights": facts["exports"][layout], "card": card}
+    if {name: facts["upload"].get(name) for name in what} == what:
+        return
     try:
         where = upload_model(folder, repo, private=config.export.private, say=run.say)
     except UserError as error:  # the run is whole without it
         run.say(f"not uploaded: {error}")
         run.say(f"the model is in {folder}; the same command tries the upload again")
         return
-    facts["upload"] = {"repository": repo, "commit": where}
+    facts["upload"] = {**what, "commit": where}
     write_json(run.folder / FINAL, facts)
     run.say(f"uploaded to {where}")
+
+
+def _scoring_key(config: Config, sets: Sequence[ClipSet]) -> str:
+    """What scores depend on besides the weights."""
+    fixed = {s.name: s.fingerprint for s in sets}
+    text = [config.text.language, config.text.language_in_prompt]
+    return json.dumps([fixed, config.compute.dtype, config.validation.bootstrap, text, config.seed])
+
+
+def _digest(checkpoint: Path) -> str:
+    """Of a checkpoint's manifest, which has the sha256 of all that is in it."""
+    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
 def _whole_sets(run: Run, sets: Sequence[ClipSet]) -> list[DevSet]:
@@ -246,7 +300,8 @@ def _without_texts(scores: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _sweep(exports: Path) -> None:
+def _sweep(run: Path) -> None:
     """Removes what a signal left of an export that was under way."""
-    for partial_folder in exports.glob(".*.partial-*"):
+    (run / "eval").mkdir(exist_ok=True)
+    for partial_folder in (run / "export").glob(".*.partial-*"):
         shutil.rmtree(partial_folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Which checkpoints are averaged, and with what weights."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,8 @@ def best_members(sources: Sequence[Path], best: int, by: Figure, *, say: Say) ->
     taken = {member.checkpoint.resolve() for member in found}
     steps = [p for run in _distinct(whole) for p in (run / "checkpoints").glob("*")]
     free = [p for p in steps if p.name.isdecimal() and p.resolve() not in taken]
+    if len(whole) > 1:
+        _refuse_other_dev_sets(whole)
     chosen = _best_whole([_member(p, len(runs) > 1) for p in free], best, by, say)
     if whole and len(chosen) < best:
         say(f"{len(chosen)} checkpoints instead of {best}: no more are whole and validated")
@@ -171,4 +174,24 @@ def _refuse_other_models(runs: Sequence[Path]) -> None:
                 f"{runs[0]} and {run} cannot be averaged",
                 f"they are of different models: {sizes[0] if sizes else 'the tokenizers differ'}",
                 "name runs that began with one model",
+            )
+
+
+def _refuse_other_dev_sets(runs: Sequence[Path]) -> None:
+    """Refuses to rank figures of different dev sets against each other."""
+
+    def scored_on(run: Path) -> dict[str, str]:
+        config, data = (read_json(run / name) for name in ("config.json", "env.json"))
+        fixed = data.get("fixed", {}).get("data", {})
+        values = {at: entry.get("value") for at, entry in config.items()}
+        names = [v for at, v in values.items() if re.fullmatch(r"data\.dev\.\d+\.name", at)]
+        most = {"clips at most": str(values.get("validation.max_clips"))}
+        return {str(name): str(fixed.get(name)) for name in names} | most
+
+    for run in runs[1:]:
+        if changed := list(differences(scored_on(runs[0]), scored_on(run)).values()):
+            raise UserError(
+                f"the checkpoints of {runs[0]} and {run} cannot be ranked together",
+                f"their dev sets differ: {changed[0]}",
+                "name the checkpoints to average, such as RUN/checkpoints/STEP",
             )

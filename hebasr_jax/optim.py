@@ -6,7 +6,7 @@ ones trained. `split` makes the two trees, `join` undoes it; the next stage may 
 its own updates (its age), so that one that joins later has its own warm-up and bias correction.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -252,33 +252,32 @@ def rate_table(params: Tree, stage: Stage) -> list[RateRow]:
     return rows
 
 
-def measured_rates(params: Tree, config: Optim, stage: Stage) -> dict[str, tuple[float, ...]]:
-    """Each group's peak rates as the optimiser applies them, by layer where it is a stack.
+def measured_rates(
+    optimizer: optax.GradientTransformation, params: Tree, config: Optim, stage: Stage
+) -> dict[str, np.ndarray]:
+    """The rate of each trained tensor, or layer of a stack, in an optimiser's first update.
 
-    The stage's optimiser takes its first step on small tensors of the same names, which Adam moves
-    by the rate itself. Muon's tensors are left out: it moves them by about a fifth of it.
+    The optimiser that a stage runs with takes a step on small tensors of the same names, whose
+    weights are 0: Adam moves them by the rate itself. Muon's are left out, which it moves by about
+    a fifth of it.
     """
-    plain = replace(config, clip_norm=1e30, matrices="adamw", epsilon=1e-30)
+    trained = flat(split_shapes(params, stage)[0])
     shapes = {
-        path: (leaf.shape[0] if is_stacked(path) else 2, *(2,) * (leaf.ndim - 1))
-        for path, leaf in flat(split_shapes(params, stage)[0]).items()
+        path: (leaf.shape[0] if is_stacked(path) else 1, *(2,) * (leaf.ndim - 1))
+        for path, leaf in trained.items()
     }
     ones = nested({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
-    optimizer = make_optimizer(plain, stage, ones, 1 << 24)
 
     @jax.jit  # one program instead of two hundred
     def first_update(grads: Tree) -> Tree:
         zeros = jax.tree.map(jnp.zeros_like, grads)
         return optimizer.update(grads, optimizer.init(zeros), zeros)[0]
 
-    updates = first_update(ones)
-    found: dict[str, tuple[float, ...]] = {}
-    for path, update in flat(updates).items():
-        first = np.asarray(update).reshape(len(update), -1)[:, 0] * -max(config.warmup_steps, 1)
-        rates = tuple(float(rate) for rate in first) if is_stacked(path) else (float(first[0]),)
-        group = look_up(GROUPS, path)
-        found[group] = max(found.get(group, ()), rates, key=len)
-    return found
+    return {
+        path: -np.asarray(update, np.float64).reshape(len(update), -1)[:, 0]
+        for path, update in flat(first_update(ones)).items()
+        if _kind(path, trained[path], config) != "muon"
+    }
 
 
 def split_shapes(params: Tree, stage: Stage) -> tuple[Tree, Tree]:

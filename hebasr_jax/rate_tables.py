@@ -7,11 +7,11 @@ from hebasr_jax.optim import RateRow
 from hebasr_jax.stages import Part
 
 Row = dict[str, Any]
-Measured = Mapping[str, Sequence[float]]
+Measured = Mapping[str, float]
 
 
 def rate_rows(rates: Sequence[RateRow], measured: Measured) -> list[Row]:
-    """The groups of `optim.rate_table`; `measured` is `optim.measured_rates`."""
+    """The groups of `optim.rate_table`; `measured` is `stages.checked_rates`."""
     return [
         {
             "group": row.group,
@@ -19,8 +19,8 @@ def rate_rows(rates: Sequence[RateRow], measured: Measured) -> list[Row]:
             "parameters": row.parameters,
             "trained": row.trained_parameters,
             "peak rate": f"{row.peak_rate:.3g}" if row.trained_parameters else "frozen",
-            "measured": f"{max(measured[row.group]):.3g}" if row.group in measured else "0",
         }
+        | ({"measured": f"{measured.get(row.group, 0):.3g}"} if measured else {})
         for row in rates
     ]
 
@@ -48,9 +48,14 @@ def stage_lines(part: Part, rates: Sequence[RateRow], measured: Measured) -> lis
         split_up = len({r["peak rate"] for r in layers}) > 1
         where = ", ".join(f"{_layers(r)} {r['peak rate']}" for r in layers) * split_up
         rate = f"{row.peak_rate:.3g}" if row.trained_parameters else "frozen"
-        found = f", measured {max(measured[row.group]):.3g}" if row.group in measured else ""
+        found = f", measured {measured[row.group]:.3g}" if row.group in measured else ""
         count = f"{row.trained_parameters:,} of {row.parameters:,} parameters"
         lines.append(f"  {row.group}: {where or rate}{found}; {count}")
+    if part.optim.warmup_steps >= part.last - part.first:
+        lines.append(
+            f"warning: the warm-up of {part.optim.warmup_steps} updates is not over when this "
+            "stage ends: nothing new in it gets its full rate; see optim.warmup_steps"
+        )
     return lines
 
 

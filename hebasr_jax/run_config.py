@@ -88,7 +88,8 @@ class Data:
     buckets: int = 6
     """shapes to compile: few, chosen from the length histogram to minimise padding"""
     batch_clips: int | None = 64
-    """clips (rows) in each optimiser step, whatever the number of devices"""
+    """rows in each optimiser step, whatever the number of devices; with `join_share` a row may be
+    several clips"""
     batch_audio_s: float | None = None
     """instead of batch_clips: seconds of audio, padding included, in each optimiser step"""
     micro_audio_s: float = 960.0

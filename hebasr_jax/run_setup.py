@@ -21,7 +21,7 @@ from hebasr_jax.data.clips import ClipSet
 from hebasr_jax.data.pipeline import empty_batch, make_feed
 from hebasr_jax.data.plan import Bucket, plan_fingerprint
 from hebasr_jax.data.quality import Quarantine
-from hebasr_jax.data.sources import open_sources
+from hebasr_jax.data.sources import open_sources, refuse_absent
 from hebasr_jax.distributed import on_first, place_whole
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import new_folder
@@ -99,7 +99,9 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
     _, _, _, tokenizer = open_model(str(files))
     if not config.data.train:
         raise UserError("there is nothing to train on", "data.train names no set")
-    sets, dev_sets = open_sources(config.data.train), open_sources(config.data.dev)
+    data = config.data
+    refuse_absent([*data.train, *data.dev, *data.test])  # not after days, at the first test
+    sets, dev_sets = open_sources(data.train), open_sources(data.dev)
     quarantine = open_quarantine([*sets, *dev_sets], config, quarantine_path)
     row_multiple, shapes = math.lcm(8, mesh.size), abstract_params(model)
     feed = make_feed(sets, tokenizer, config, quarantine, row_multiple)
@@ -211,9 +213,7 @@ def step_for(setup: Setup, part: Part, bucket: Bucket) -> Step:
         compute=setup.compute,
         augment=config.augment,
         optimizer=part.optimizer,
-        rates=partial(
-            group_rates, config=config.optim, stage=part.stage, steps=part.schedule_steps
-        ),
+        rates=partial(group_rates, config=part.optim, stage=part.stage, steps=part.schedule_steps),
         mesh=setup.mesh,
         audio_s=bucket.audio_s,
         micro_batches=fits[0] if fits else each,

@@ -4,6 +4,7 @@ One run walks through `Config.stages`. Between two of them the weights are cut a
 and a frozen tree and the optimiser's state is carried over (`enter`); everything else goes on.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,16 +21,19 @@ from hebasr_jax.data.plan import choose_buckets
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import Params
 from hebasr_jax.optim import (
+    GROUPS,
     carry_over,
     check_groups,
     join,
     make_optimizer,
     measured_rates,
     rate_table,
+    schedule,
     split,
     split_shapes,
 )
-from hebasr_jax.run_config import Config, Stage
+from hebasr_jax.paths import is_stacked, look_up
+from hebasr_jax.run_config import Config, Optim, Stage
 from hebasr_jax.sharding import shardings
 from hebasr_jax.train_step import TrainState, init_state
 
@@ -38,11 +42,13 @@ from hebasr_jax.train_step import TrainState, init_state
 class Part:
     """One stage made ready: it takes the run from step `first` to step `last`.
 
-    feed: its own mix, buckets and random draws. schedule_steps: length of the schedule that it is
+    optim: the config's, its warm-up shrunk with the run. feed: its own mix, buckets and random
+    draws. schedule_steps: length of the schedule that it is
     part of. epoch_steps: of its first epoch; epochs_before: passes of the stages before it.
     """
 
     stage: Stage
+    optim: Optim
     feed: Feed
     optimizer: optax.GradientTransformation
     first: int
@@ -72,6 +78,8 @@ def make_parts(config: Config, feed: Feed, shapes: Params, row_multiple: int) ->
         for stage, steps in zip(config.stages, epochs, strict=True)
     ]
     ends = [0, *last_steps(lengths, config.train.steps)]
+    shrunk = min(1.0, ends[-1] / sum(lengths))
+    optim = replace(config.optim, warmup_steps=math.ceil(config.optim.warmup_steps * shrunk))
     parts: list[Part] = []
     for number, (stage, own) in enumerate(zip(config.stages, feeds, strict=True)):
         steps = schedule_steps(config.stages, ends, number)
@@ -79,8 +87,9 @@ def make_parts(config: Config, feed: Feed, shapes: Params, row_multiple: int) ->
         parts.append(
             Part(
                 stage=stage,
+                optim=optim,
                 feed=own,
-                optimizer=make_optimizer(config.optim, stage, trained, steps),
+                optimizer=make_optimizer(optim, stage, trained, steps),
                 first=ends[number],
                 last=ends[number + 1],
                 schedule_steps=steps,
@@ -153,18 +162,23 @@ def enter(state: TrainState, part: Part, shapes: Params, mesh: Mesh) -> TrainSta
         return jax.jit(recut, out_shardings=places, donate_argnums=0)(state)
 
 
-def checked_rates(part: Part, shapes: Params, config: Config) -> dict[str, tuple[float, ...]]:
-    """The peak rates that the stage's optimiser was measured to apply, by group and layer.
+def checked_rates(part: Part, shapes: Params) -> dict[str, float]:
+    """Each group's peak rate, of its last layer, as the stage's own optimiser was seen to apply it.
 
-    Raises AssertionError where they are not those of the table.
+    Raises AssertionError where any tensor's rate is not that of the table.
     """
-    measured = measured_rates(shapes, config.optim, part.stage)
-    for row in rate_table(shapes, part.stage):
-        asked = [rate for rate in row.layer_rates if rate] or [row.peak_rate]
-        found = measured.get(row.group, (0.0,))
-        if len(found) != len(asked) or not np.allclose(found, asked, rtol=1e-3, atol=0):
-            raise AssertionError(f"{row.group}: rates {asked} were asked for, {found} are applied")
-    return measured
+    measured = measured_rates(part.optimizer, shapes, part.optim, part.stage)
+    share = float(schedule(0, part.schedule_steps, part.optim))
+    rows = {row.group: row for row in rate_table(shapes, part.stage)}
+    found: dict[str, float] = {}
+    for path, rates in measured.items():
+        row = rows[look_up(GROUPS, path)]
+        layers = [rate for rate in row.layer_rates if rate]
+        asked = np.array(layers if is_stacked(path) else [row.peak_rate]) * share
+        if asked.shape != rates.shape or not np.allclose(rates, asked, rtol=1e-3, atol=0):
+            raise AssertionError(f"{path}: rates {asked} were asked for, {rates} are applied")
+        found[row.group] = float(rates[-1]) / share if share else row.peak_rate
+    return found
 
 
 def _feed_of(feed: Feed, number: int, row_multiple: int) -> Feed:

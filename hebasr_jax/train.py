@@ -164,6 +164,8 @@ def start_or_resume(setup: Setup, store: CheckpointStore, say: Say) -> Trainee:
     window = Window(jax.process_count(), setup.mesh.size)
 
     def shapes(facts: Mapping[str, Any]) -> TrainState:
+        if facts["stage"] >= len(setup.parts):
+            raise _other_stages(facts["step"], setup.parts[-1])
         return state_shapes(setup.parts[facts["stage"]], setup.shapes, setup.mesh)
 
     restored = store.restore(shapes)
@@ -171,12 +173,24 @@ def start_or_resume(setup: Setup, store: CheckpointStore, say: Say) -> Trainee:
         state = load_state(setup)
         say(f"state: {bytes_per_device(state) / 1e9:.2f} GB on each of {setup.mesh.size} devices")
         return Trainee(state, 0, 0, 0, 0, window)
-    facts = restored.facts
+    facts, place = restored.facts, restored.facts["data"]
     window.skipped = facts["skipped"]
     say(f"going on from step {restored.step}")
-    place = facts["data"]
+    part = setup.parts[facts["stage"]]
+    if not part.first <= restored.step <= part.last:
+        raise _other_stages(restored.step, part)
     return Trainee(
         restored.state, restored.step, facts["stage"], place["epoch"], place["batch"], window
+    )
+
+
+def _other_stages(step: int, part: Part) -> UserError:
+    """Of a checkpoint that cannot be where the stages, as they are now, would have it."""
+    return UserError(
+        f"the newest checkpoint is of step {step}, and stage {part.stage.name} has the steps "
+        f"{part.first + 1} to {part.last}",
+        "the stages, train.steps or the data changed since",
+        "undo that, or set another name and start from an export of this run (model.path)",
     )
 
 
@@ -208,7 +222,7 @@ def through_stages(run: Run, trainee: Trainee) -> int:
             trainee.state = enter(trainee.state, part, setup.shapes, setup.mesh)
             trainee.stage, trainee.epoch, trainee.batch = number, 0, 0
         if trainee.step < part.last:
-            measured = checked_rates(part, setup.shapes, setup.config)
+            measured = checked_rates(part, setup.shapes)
             for line in stage_lines(part, rate_table(setup.shapes, part.stage), measured):
                 run.say(line)
         if not through_steps(run, trainee, part):
@@ -312,12 +326,16 @@ def validate_if_due(run: Run, trainee: Trainee) -> bool:
     if scores is None:
         save(run, trainee)
         return False
-    line = {"kind": "validation", "step": step, "sets": scores}
-    tell(run, line)
-    if step:
-        means = (np.mean([s[name] for s in scores.values()]) for name in ("loss", "wer"))
-        run.store.record(step, *map(float, means))
+    if step:  # before the line: a run that ends between the two scores this step again
+        run.store.record(step, *(mean_of(scores, name) for name in ("loss", "wer")))
+    tell(run, {"kind": "validation", "step": step, "sets": scores})
     return True
+
+
+def mean_of(scores: Mapping[str, Any], name: str) -> float:
+    """Mean over the dev sets that have the figure: a set of silence has no WER."""
+    known = [s[name] for s in scores.values() if np.isfinite(s[name])]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def validated(run: Run, step: int) -> bool:

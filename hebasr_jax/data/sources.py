@@ -53,10 +53,14 @@ class _Found(NamedTuple):
 
 
 def open_sources(sources: Sequence[Source]) -> list[ClipSet]:
-    """`open_source` of each; `describe` tells what was kept and lost. All must be there first."""
+    """`open_source` of each; `describe` tells what was kept and lost."""
+    return [open_source(source) for source in sources]
+
+
+def refuse_absent(sources: Sequence[Source]) -> None:
+    """Raises a UserError that names every set that is not there, and what to do."""
     if absent := [source for source in sources if not is_there(source)]:
         raise _absent(absent)
-    return [open_source(source) for source in sources]
 
 
 def is_there(source: Source) -> bool:
