@@ -55,8 +55,8 @@ def space(tmp_path_factory, monkeymodule) -> Path:
     return folder
 
 
-def train(name: str) -> int:
-    return main(["train", "--config", "config.py", *settings(f"name={name}", *SMALL)])
+def train(name: str, *changes: str) -> int:
+    return main(["train", "--config", "config.py", *settings(f"name={name}", *SMALL, *changes)])
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_thread_that_dies_ends_the_run_with_its_last_step_saved(space, batches
     for step in sorted({1, edge, turn}):
         with pytest.MonkeyPatch.context() as patch:
             die_at(patch, *batches[step][:2])
-            assert train("dying") == 1
+            assert train("dying", "train.checkpoint_steps=20") == 1
         told = capsys.readouterr().err
         assert "error: RuntimeError: a decoder went mad" in told
         assert len(told.split("error: ")[1].splitlines()) <= 3
