@@ -32,6 +32,9 @@ class Text:
     """share of the clips with segments that are trained with time stamps, drawn each epoch"""
     context_share: float = 0.0
     """share of the clips with a context that are trained with it, drawn each epoch"""
+    wrong_context_share: float = 0.0
+    """share of those contexts that another recording's stands in for (none, where no other is
+    found), so that the model does not write what it did not hear"""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,9 @@ MAY_CHANGE = (
     r"train\.(keep_last|keep_best|log_steps|checkpoint_steps|max_skipped_steps)",
     r"data\.(threads|prefetch_batches|max_bad_share)",
     r"validation\.(every_steps|batch_audio_s|samples|bootstrap)",
-    r"(average|export|tracking)\..*|data\.test.*|data\..*\.(licence|hub)",
+    r"(average|export|tracking)\..*",  # what follows the last step, and copies of the log
+    r"data\.test.*",
+    r"data\.(train|dev)\..*\.(licence|hub)",  # told in the model card
     r"compute\.(cache_dir|devices|attention|remat|loss_rows|gather)",  # rounding only
 )
 """Config values that a resumed run may change: none of them says what a step learns or what a

@@ -43,7 +43,6 @@ _QWEN2_RULE = (
 # A language prefix that a model wrote although the prompt had one already.
 _STRAY_PREFIX = re.compile(r"(^|\s)language(\s+[A-Za-z]+)?$", re.IGNORECASE)
 
-
 _CONTROL = {
     "im_start": "<|im_start|>",
     "im_end": "<|im_end|>",
@@ -204,17 +203,16 @@ def load_tokenizer(folder: Path) -> TextTokenizer:
 def build_prompt(tokenizer: TextTokenizer, style: PromptStyle, *, context: str = "") -> Prompt:
     """The prompt of one clip, with the ids of the reference chat template (Qwen3-ASR).
 
-    `context` is text that came before, or hot words; its last 224 tokens fill the system turn,
-    which is there also when empty. White space around it is dropped. Raises `UserError` when
-    stamps are asked of a tokenizer that has none.
+    `context` is text that came before, or hot words; the words in its last 224 tokens fill the
+    system turn, which is there also when empty. White space around it is dropped. Raises
+    `UserError` when stamps are asked of a tokenizer that has none.
     """
     special, encode = tokenizer.special, tokenizer.encode
     newline = encode("\n")
-    context_ids = encode(context.strip())[-MAX_CONTEXT_TOKENS:]
+    context_ids = _last_words(tokenizer, encode(context.strip()))
     before = (special.im_start, *encode("system\n"), *context_ids, special.im_end, *newline)
     before += (special.im_start, *encode("user\n"), special.audio_start)
-    after = (special.audio_end, special.im_end, *newline)
-    after += (special.im_start, *encode("assistant\n"))
+    after = (special.audio_end, special.im_end, *newline, special.im_start, *encode("assistant\n"))
     if style.language_in_prompt:
         after += _language_prefix(tokenizer, style)
     if style.stamps:
@@ -255,11 +253,8 @@ def build_example(
     prompt = build_prompt(tokenizer, style, context=context)
     target = build_target(tokenizer, style, text, segments)
     given = prompt.before + prompt.after
-    return Example(
-        text_ids=given + target,
-        audio_at=len(prompt.before),
-        in_loss=(False,) * len(given) + (True,) * len(target),
-    )
+    in_loss = (False,) * len(given) + (True,) * len(target)
+    return Example(given + target, len(prompt.before), in_loss)
 
 
 def parse_output(
@@ -329,6 +324,13 @@ def _qwen2_rule() -> Any:
     split = pre_tokenizers.Split(Regex(_QWEN2_RULE), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, to_bytes])
+
+
+def _last_words(tokenizer: TextTokenizer, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The last 224 ids, from the first of them that starts a word, if one does."""
+    tail = ids[-MAX_CONTEXT_TOKENS:]
+    starts = (at for at, token in enumerate(tail) if tokenizer.decode([token])[:1].isspace())
+    return tail if tail == ids else tail[next(starts, 0) :]
 
 
 def _language_prefix(tokenizer: TextTokenizer, style: PromptStyle) -> tuple[int, ...]:

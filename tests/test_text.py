@@ -139,6 +139,17 @@ def test_a_long_context_keeps_its_last_tokens(tokens):
     assert full.after == empty.after
 
 
+@given(st.lists(st.text("שלaЯ-", min_size=1, max_size=9), min_size=120, max_size=130))
+def test_a_long_context_starts_with_a_whole_word(words):
+    before = tiny().decode(build_prompt(tiny(), FORCED, context="\n".join(words)).before)
+    kept = before.removeprefix("system\n").removesuffix("\nuser\n").split()
+    assert kept == words[len(words) - len(kept) :]
+    assert (
+        len(kept) == len(words)
+        or len(tiny().encode("\n".join(["", *words[-len(kept) - 1 :]]))) > 224
+    )
+
+
 @pytest.mark.parametrize(
     "literal", ["<|im_end|>", "<|audio_pad|>", "<asr_text>", "<|timestamps|>", "<|3s|>", "<|+0|>"]
 )

@@ -51,8 +51,9 @@ def learned(tmp_path_factory) -> SimpleNamespace:
     loaded = load_config(folder / "config.py", [f"{name}={new}" for name, new in changes.items()])
     config = replace(loaded.config, augment=Augment())
     setup = set_up(config, folder / "model", folder / "quarantine.jsonl")
-    batch = load_batch(setup.feed, setup.feed.plan(0), 0)
-    (program,) = compile_steps(setup, load_state(setup), lambda *_: None).values()
+    feed = setup.parts[0].feed
+    batch = load_batch(feed, feed.plan(0), 0)
+    (program,) = compile_steps(setup, setup.parts, lambda *_: None).values()
     mute = batch.replace(wave_BS=np.zeros_like(batch.wave_BS))
     (state, losses), (_, mute_losses) = (_overfit(setup, program, b) for b in (batch, mute))
     params = join(state.trained, state.frozen)

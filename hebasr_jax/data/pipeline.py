@@ -21,10 +21,18 @@ from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.table import make_table, prompt_style
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Augment, Config
-from hebasr_jax.text import Example, PromptStyle, TextTokenizer, build_example, build_target
-from hebasr_jax.timestamps import Segment
+from hebasr_jax.text import (
+    MAX_CONTEXT_TOKENS,
+    Example,
+    PromptStyle,
+    TextTokenizer,
+    build_example,
+    build_target,
+)
+from hebasr_jax.timestamps import MAX_STAMP_S, Segment
 
 _ATTEMPTS = 16  # rows tried for one place in a batch
+_CONTEXTS = 64  # clips tried for a wrong context
 _ON_DEVICE = 2  # batches placed ahead of the step
 _PLANS = 2  # kept at a time: those of a million clips are large
 
@@ -245,34 +253,42 @@ def _substitute(feed: Feed, plan: EpochPlan, number: int, row: Row, attempt: int
 
 def _read_row(feed: Feed, plan: EpochPlan, number: int, row: Row) -> _Loaded | None:
     """The row's good clips, joined; None if there is none. Bad ones go to the quarantine."""
-    style = _row_style(feed, row)
+    stamps = _row_stamps(feed, row)
     waves: dict[int, np.ndarray] = {}
     for index in row.clips:
         try:
-            waves[index] = _read_clip(feed, index, style)
+            waves[index] = _read_clip(feed, index, stamps)
         except BadClip as fault:
             _report(feed, index, fault, plan.epoch, number)
     try:
-        return _join(feed, row, style, plan.bucket(number), waves) if waves else None
+        return _join(feed, row, stamps, plan.bucket(number), waves) if waves else None
     except BadClip as fault:
         _report(feed, next(iter(waves)), fault, plan.epoch, number)
         return None
 
 
-def _row_style(feed: Feed, row: Row) -> PromptStyle:
-    """Stamps are drawn for the row as a whole, if each of its clips has segments."""
+def _row_stamps(feed: Feed, row: Row) -> bool:
+    """Stamps are drawn for the row as a whole, if all its words have times that can be written."""
     clips = [_clip(feed, index)[1] for index in row.clips]
-    stamps = all(clip.segments for clip in clips)
-    stamps = stamps and _drawn(feed, row, row.clips[0], "stamps", feed.config.text.stamp_share)
+    length_s = sum(clip.duration_s for clip in clips)
+    length_s += feed.config.data.join_gap_s * (len(clips) - 1)
+    timed = all(clip.segments or not clip.text.strip() for clip in clips)
+    timed &= length_s <= MAX_STAMP_S * min(1.0, row.speed)
+    return timed and _drawn(feed, row, row.clips[0], "stamps", feed.config.text.stamp_share)
+
+
+def _style(feed: Feed, clips: Sequence[Clip], stamps: bool) -> PromptStyle:
+    """The style that the text of these clips asks for: without words there is nothing to stamp."""
     spoken = any(clip.text.strip() for clip in clips)
+    stamps &= spoken
     return prompt_style(feed.config.text, clips[0].language, spoken=spoken, stamps=stamps)
 
 
-def _read_clip(feed: Feed, index: int, style: PromptStyle) -> np.ndarray:
+def _read_clip(feed: Feed, index: int, stamps: bool) -> np.ndarray:
     """A clip's samples, after its text was found to be one that can be trained on."""
     clip_set, clip = _clip(feed, index)
     try:
-        build_target(feed.tokenizer, style, clip.text, clip.segments)
+        build_target(feed.tokenizer, _style(feed, [clip], stamps), clip.text, clip.segments)
     except UserError as error:
         raise BadClip("text cannot be trained on", str(error)) from error
     wave = clip_set.read(int(feed.table.clip_C[index]))
@@ -284,30 +300,30 @@ def _read_clip(feed: Feed, index: int, style: PromptStyle) -> np.ndarray:
 
 
 def _join(
-    feed: Feed, row: Row, style: PromptStyle, bucket: Bucket, waves: dict[int, np.ndarray]
+    feed: Feed, row: Row, stamps: bool, bucket: Bucket, waves: dict[int, np.ndarray]
 ) -> _Loaded:
     """One row of one or more clips: gaps of silence, texts with a space, segments shifted."""
     config = feed.config
     gap = np.zeros(round(config.data.join_gap_s * SAMPLE_RATE), np.int16)
+    # Sound may be a little longer than its row says; what passes the bucket's end is cut.
+    room = int(bucket.audio_s * SAMPLE_RATE * row.speed)
     pieces: list[np.ndarray] = []
     segments: list[Segment] = []
     for index, wave in waves.items():
-        start_s = sum(map(len, pieces)) / SAMPLE_RATE
-        segments += _moved(_clip(feed, index)[1], len(wave) / SAMPLE_RATE, start_s, row.speed)
+        start = sum(map(len, pieces))
+        segments += _moved(_clip(feed, index)[1], start, min(start + len(wave), room), row.speed)
         pieces += [wave, gap]
-    # Sound may be a little longer than its row says; what passes the bucket's end is cut.
-    room = int(bucket.audio_s * SAMPLE_RATE * row.speed)
     wave = np.concatenate(pieces[:-1])[:room]
     clips = [_clip(feed, index)[1] for index in waves]
     head = next(iter(waves))
-    context = _drawn(feed, row, head, "context", config.text.context_share)
+    style = _style(feed, clips, stamps)
     try:
         example = build_example(
             feed.tokenizer,
             style,
             " ".join(text for clip in clips if (text := clip.text.strip())),
             segments=segments if style.stamps else (),
-            context=clips[0].context if context else "",
+            context=_context(feed, row, head),
         )
     except UserError as error:
         raise BadClip("text cannot be trained on", str(error)) from error
@@ -318,12 +334,42 @@ def _join(
     return _Loaded(wave, row.speed, row_words(config.seed, row.visit, name), example)
 
 
-def _moved(clip: Clip, length_s: float, start_s: float, speed: float) -> Iterator[Segment]:
-    """The clip's segments as they are in a row that it joins at `start_s`, after perturbation."""
+def _moved(clip: Clip, start: int, end: int, speed: float) -> Iterator[Segment]:
+    """The clip's segments in a row where its sound lies at these samples, after perturbation."""
+    start_s, end_s = start / SAMPLE_RATE, end / SAMPLE_RATE
     for segment in clip.segments:
-        first_s = start_s + min(segment.start_s, length_s)
-        last_s = start_s + min(segment.end_s, length_s)
+        first_s = min(start_s + segment.start_s, end_s)
+        last_s = min(start_s + segment.end_s, end_s)
         yield Segment(first_s / speed, last_s / speed, segment.text)
+
+
+def _context(feed: Feed, row: Row, head: int) -> str:
+    """What came before a row's first sound, as its prompt tells it.
+
+    The plan has room for the context of the row's planned first clip, and for no other's.
+    """
+    text, own = feed.config.text, _clip(feed, head)[1].context.strip()
+    planned = own and head == row.clips[0]
+    if not planned or not _drawn(feed, row, head, "context", text.context_share):
+        return ""
+    wrong = _drawn(feed, row, head, "wrong context", text.wrong_context_share)
+    return _wrong_context(feed, row, head) if wrong else own
+
+
+def _wrong_context(feed: Feed, row: Row, index: int) -> str:
+    """A context no longer than the clip's own, of another recording of its set; else none."""
+    table, own = feed.table, feed.tokenizer.encode(_clip(feed, index)[1].context.strip())
+    number = table.set_of(index)
+    rng = generator(feed.config.seed, row.visit, int(table.key_C[index]), "wrong context")
+    first, last = table.first_S[number : number + 2]
+    for other in rng.integers(first, last, size=_CONTEXTS).tolist():
+        context = _clip(feed, other)[1].context.strip()
+        one, two = sorted(table.recording_C[[index, other]])
+        if context and 0 <= one < two:
+            ids = feed.tokenizer.encode(context)
+            if ids != own and min(len(ids), MAX_CONTEXT_TOKENS) <= len(own):
+                return context
+    return ""
 
 
 def _drawn(feed: Feed, row: Row, index: int, what: str, share: float) -> bool:

@@ -78,7 +78,8 @@ def count_tokens(
     # The Qwen2 rule cuts at spaces, so that tokens of joined texts are those of the parts.
     added_C = own_C * 0
     if joined:
-        added_C = _lengths(tokenizer, [" " + words if words else "" for words in texts])
+        spaced_C = _lengths(tokenizer, [" " + words if words else "" for words in texts])
+        added_C = np.maximum(own_C, spaced_C)  # no space behind a clip without words
     bad_C = (prompt_C < 0) | (own_C < 0)
     if text.stamp_share > 0:
         stamped_C = _stamped_lengths(tokenizer, clips)
@@ -133,11 +134,12 @@ def _prompt_tokens(tokenizer: TextTokenizer, text: Text, language: str) -> int:
 
 
 def _stamped_lengths(tokenizer: TextTokenizer, clips: Sequence[Clip]) -> np.ndarray:
-    """Tokens of each clip's segments with a start and an end stamp each; -1 without segments."""
+    """Tokens of each clip's segments with a start and an end stamp each; -1: words without."""
     texts = [segment.text.strip() for clip in clips for segment in clip.segments]
     owner = np.repeat(np.arange(len(clips)), [len(clip.segments) for clip in clips])
     lengths = np.bincount(owner, _lengths(tokenizer, texts) + 4, minlength=len(clips))
-    return np.where(np.bincount(owner, minlength=len(clips)) > 0, lengths, -1).astype(np.int64)
+    timed_C = np.array([bool(clip.segments) or not clip.text.strip() for clip in clips], bool)
+    return np.where(timed_C, lengths, -1).astype(np.int64)
 
 
 def _lengths(tokenizer: TextTokenizer, texts: Sequence[str]) -> np.ndarray:
