@@ -284,6 +284,8 @@ def hints_of(node: object, prefix: str = "") -> dict[str, typing.Any]:
         "stages.0.decoder.layer_decay=0",
         "data.min_clip_s=31",
         "data.train.1.name=a",
+        "data.train.1.name=../a",
+        "data.train.1.name=",
         "name=../other",
         "name=a/b",
         "name=",
@@ -295,8 +297,9 @@ def test_values_that_make_no_sense(tmp_path, override) -> None:
 
 
 WORDS = st.text(st.characters(codec="utf-8"), max_size=5)
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="./\\\0"), max_size=5)
 SETS = st.lists(
-    st.tuples(WORDS, WORDS, st.none() | st.floats(0, 1), st.none() | WORDS), max_size=12
+    st.tuples(NAMES, WORDS, st.none() | st.floats(0, 1), st.none() | WORDS), max_size=12
 )
 VALUES = {
     "seed": st.integers(0, 2**32 - 1),
