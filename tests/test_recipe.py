@@ -104,12 +104,28 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_round_2_5_goes_from_the_first_step_to_the_hub_stopped_in_each_part(space, hub) -> None:
+@pytest.fixture(scope="module")
+def whole(space) -> Path:
+    """Round 2.5 from its first step to its exports, nothing uploaded."""
     told = run(space, "round2_5", "whole")
-    whole, parts = space / "runs" / "whole", space / "runs" / "parts"
     assert "stage top: steps 1 to 4" in told
     assert "stage wide: steps 5 to 10" in told
     assert "average of steps" in told
+    return space / "runs" / "whole"
+
+
+def forget_upload(run_folder: Path) -> None:
+    """As if the run had not been uploaded: each test has a hub of its own."""
+    final = run_folder / "final.json"
+    final.write_text(json.dumps(json.loads(final.read_text()) | {"upload": {}}))
+
+
+def test_round_2_5_goes_from_the_first_step_to_the_hub_stopped_in_each_part(
+    space, whole, hub
+) -> None:
+    parts = space / "runs" / "parts"
+    forget_upload(whole)
+    told = run(space, "round2_5", "whole")
     assert f"uploaded to {os.environ['HF_ENDPOINT']}/{MODEL}/commit/" in told
     sent = hub.commits[hub.refs["main"]]
     assert sent.keys() == {p.name for p in (whole / "export" / "original").iterdir()}
@@ -150,8 +166,10 @@ def test_round_2_5_goes_from_the_first_step_to_the_hub_stopped_in_each_part(spac
             assert TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_a_finished_run_does_nothing_twice(space, hub, monkeypatch) -> None:
-    exports = space / "runs" / "whole" / "export"
+def test_a_finished_run_does_nothing_twice(space, whole, hub) -> None:
+    run(space, "round2_5", "whole")
+    hub.log.clear()
+    exports = whole / "export"
     before = {path: path.read_bytes() for path in exports.rglob("*.*")}
     weights = [path.stat().st_mtime_ns for path in exports.rglob("*.safetensors")]
     told = run(space, "round2_5", "whole")
@@ -162,8 +180,8 @@ def test_a_finished_run_does_nothing_twice(space, hub, monkeypatch) -> None:
     assert not hub.log
 
 
-def test_new_facts_reach_the_card_and_the_hub_but_not_the_weights(space, hub) -> None:
-    exports = space / "runs" / "whole" / "export"
+def test_new_facts_reach_the_card_and_the_hub_but_not_the_weights(space, whole, hub) -> None:
+    exports = whole / "export"
     weights = [path.read_bytes() for path in sorted(exports.rglob("*.safetensors"))]
     told = run(space, "round2_5", "whole", "data.train.0.licence=of a new kind")
     assert "of a new kind" in (exports / "original" / "README.md").read_text(encoding="utf-8")
@@ -218,8 +236,7 @@ def test_a_kill_between_a_validation_and_its_record_costs_no_candidate(space, mo
         assert final["candidates"]
 
 
-def test_the_export_is_the_chosen_weights_and_the_card_tells_of_them(space, hub) -> None:
-    whole = space / "runs" / "whole"
+def test_the_export_is_the_chosen_weights_and_the_card_tells_of_them(whole) -> None:
     final = json.loads((whole / "final.json").read_text())
     wers = {row["name"]: (row["wer"], row["loss"]) for row in final["candidates"]}
     assert len(wers) == 4
@@ -253,16 +270,14 @@ def test_rounds_1_and_2_run_to_the_export(space, config, monkeypatch) -> None:
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)  # both schedules end at nothing
 
 
-def test_a_failed_upload_fails_nothing_and_is_tried_again(space, hub) -> None:
+def test_a_failed_upload_fails_nothing_and_is_tried_again(space, whole, hub) -> None:
     hub.faults["/api/repos/create"] = [(403, {})]
-    final = space / "runs" / "whole" / "final.json"
-    facts = json.loads(final.read_text())
-    facts.pop("upload", None)
-    final.write_text(json.dumps(facts))
+    final = whole / "final.json"
+    forget_upload(whole)
     told = run(space, "round2_5", "whole")
     assert "not uploaded: " in told
     assert "hf auth login" in told
-    assert "upload" not in json.loads(final.read_text())
+    assert not json.loads(final.read_text())["upload"]
     told = run(space, "round2_5", "whole", "export.upload=false")
     assert "uploaded" not in told
     run(space, "round2_5", "whole")
