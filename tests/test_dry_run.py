@@ -225,7 +225,7 @@ RATES = [
 
 
 def test_tables_of_rates() -> None:
-    rows = rate_rows(RATES, {"decoder": (1e-5, 2e-5), "embedding": (1e-6,)})
+    rows = rate_rows(RATES, {"decoder": 2e-5, "embedding": 1e-6})
     assert [row["peak rate"] for row in rows] == ["frozen", "2e-05", "1e-06"]
     assert [row["measured"] for row in rows] == ["0", "2e-05", "1e-06"]
     assert layer_rows(RATES) == [
