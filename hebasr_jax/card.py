@@ -282,7 +282,7 @@ def _environment(env: Facts) -> str:
             "driver", "python") if last.get(key) is not None]  # fmt: skip
     packages = (last.get("packages") or {}).items()
     rows += [(shown(name), shown(version)) for name, version in packages if version]
-    return f"Of the last of {len(starts)} starts.\n\n{table_of(('', ''), rows)}"
+    return f"Of the last start.\n\n{table_of(('', ''), rows)}"
 
 
 def _samples(facts: Facts) -> str:

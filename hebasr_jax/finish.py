@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import Choice, compare, describe, finite
@@ -28,6 +29,7 @@ from hebasr_jax.distributed import any_host, is_first, on_first, place_whole
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
 from hebasr_jax.members import best_members, member_weights
+from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Config
 from hebasr_jax.run_folder import read_json, write_json, write_text
 from hebasr_jax.run_setup import Setup, open_quarantine
@@ -70,7 +72,7 @@ def finish(run: Run) -> None:
     run.stop.leave_at_once("what is done is kept, and the same command goes on")
     on_first(partial(_sweep, folder), "sweep")
     choice = choose(run)
-    key = weights_key(folder, choice)
+    key = weights_key(choice.params)
     test = score_tests(run, choice, key)
     facts = final_facts(setup, choice, test, key)
 
@@ -87,13 +89,13 @@ def finish(run: Run) -> None:
     on_first(write, "finish")  # an early exit of the other hosts would end this one
 
 
-def weights_key(folder: Path, choice: Choice) -> str:
-    """Names the chosen weights: changes with any bit of a member, and with its share."""
-    members = {
-        name.split()[-1]: (share, _digest(folder / "checkpoints" / name.split()[-1]))
-        for name, share in choice.weights.items()
-    }
-    return hashlib.sha256(json.dumps(members, sort_keys=True).encode()).hexdigest()
+def weights_key(params: Any) -> str:
+    """Names some weights: it changes with any bit of them."""
+    hasher = hashlib.sha256()
+    for path, leaf in flat(params).items():
+        hasher.update(path.encode())
+        hasher.update(np.ascontiguousarray(leaf).data)
+    return hasher.hexdigest()
 
 
 def choose(run: Run) -> Choice:
@@ -247,11 +249,6 @@ def _scoring_key(config: Config, sets: Sequence[ClipSet]) -> str:
     fixed = {s.name: s.fingerprint for s in sets}
     text = [config.text.language, config.text.language_in_prompt]
     return json.dumps([fixed, config.compute.dtype, config.validation.bootstrap, text, config.seed])
-
-
-def _digest(checkpoint: Path) -> str:
-    """Of a checkpoint's manifest, which has the sha256 of all that is in it."""
-    return hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
 
 
 def _whole_sets(run: Run, sets: Sequence[ClipSet]) -> list[DevSet]:

@@ -154,9 +154,6 @@ def test_round_2_5_goes_from_the_first_step_to_the_hub_stopped_in_each_part(
     assert same_bits(arrays(parts, 10), arrays(whole, 10))
     ours, theirs = (json.loads((x / "final.json").read_text()) for x in (parts, whole))
     assert ours.pop("upload")["repository"] == theirs.pop("upload")["repository"] == MODEL
-    # A checkpoint's index files differ from save to save: they name it, its arrays are the same.
-    for own in (ours, theirs):
-        assert {wanted.split()[0] for wanted in own.pop("exports").values()} == {own.pop("key")}
     assert ours == theirs
     for layout in ("original", "transformers"):
         written = [folder_bytes(x / "export" / layout) for x in (parts, whole)]
