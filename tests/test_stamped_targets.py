@@ -150,7 +150,11 @@ def feed(chant, real, tmp_path_factory) -> Feed:
 
 
 def real_feed(opened: ClipSet, by: TextTokenizer, **data) -> Feed:
-    config = with_(round2_5(), data={"join_share": 0.0, "buckets": 3, "threads": 0} | data)
+    config = with_(
+        round2_5(),
+        text={"wrong_context_share": 0.0},
+        data={"join_share": 0.0, "buckets": 3, "threads": 0} | data,
+    )
     ledger = Ledger(Path("/nowhere/quarantine.jsonl"), limit_share=0.0)
     return make_feed([opened], by, config, ledger)
 
