@@ -1,4 +1,4 @@
-"""The items of round 2.5 on the demo's data and tiny model: for `--ablate`, in minutes on a CPU.
+"""The items of round 2.5 that the demo can carry (no stamps, contexts or mix), on the demo's data and tiny model: for `--ablate`, in minutes on a CPU.
 
 make demo     # once: makes the corpus and the model
 python scripts/train.py --config configs/demo_recipe.py --ablate
@@ -28,8 +28,24 @@ def get_config() -> Config:
         stages=(
             # A model that starts from nothing cannot learn from its upper layers alone: the first
             # stage trains all, the second lets the lowest part rest.
-            Stage("all", 1, 300, (), False, fast, fast, fast, fast, fast),
-            Stage("upper", 1, 700, (), False, Group(0.0), slow, fast, fast, fast),
+            Stage(
+                "all",
+                steps=300,
+                conv_stem=fast,
+                encoder=fast,
+                projector=fast,
+                embedding=fast,
+                decoder=fast,
+            ),
+            Stage(
+                "upper",
+                steps=700,
+                conv_stem=Group(0.0),
+                encoder=slow,
+                projector=fast,
+                embedding=fast,
+                decoder=fast,
+            ),
         ),
         train=replace(config.train, steps=1000, keep_best=3),
         average=Average(best=3),

@@ -1,7 +1,8 @@
 """A training run, in the order in which it happens.
 
 config -> run folder, locked -> model files, data, plan -> state, restored or loaded -> programs,
-all compiled -> validation at step 0 -> steps, with checkpoints and validations -> report.
+all compiled -> validation at step 0 -> stage by stage: steps, checkpoints, validations -> what
+follows the last step (`finish.py`) -> report.
 Stopped by a signal, it saves and ends with EXIT_RUN_AGAIN; the same command goes on.
 """
 
