@@ -1,4 +1,7 @@
-"""The items of round 2.5 that the demo can carry (no stamps, contexts or mix), on the demo's data and tiny model: for `--ablate`, in minutes on a CPU.
+"""Round 2.5's items on the demo's data and tiny model: for `--ablate`, in minutes on a CPU.
+
+Stamps, contexts and a mix of sets are left out: the demo's corpus has none.
+
 
 make demo     # once: makes the corpus and the model
 python scripts/train.py --config configs/demo_recipe.py --ablate
