@@ -20,8 +20,8 @@ from hebasr_jax.metrics import (
 )
 from hebasr_jax.output_style import STYLE, to_reference_style
 
-_DURATIONS_S = (5, 10, 20, 30, 60, 300)
-_SNRS_DB = (0, 10, 20, 30)
+_DURATIONS_S = (5.0, 10.0, 20.0, 30.0, 60.0, 300.0)
+_SNRS_DB = (0.0, 10.0, 20.0, 30.0)
 _MOST_SLICES = 20
 _MOST_IDS = 20
 _LOOP_WORDS, _LOOP_TIMES = 10, 4

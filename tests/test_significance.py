@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import significance_peers as peers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hebasr_jax.metrics import align_words, bootstrap_interval, word_errors
 from hebasr_jax.significance import compare, matched_pairs, segment_errors
+from tests import significance_peers as peers
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_significance.json").read_text())
 ONCE = {"resamples": 50, "seed": 0}
