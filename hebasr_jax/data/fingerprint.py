@@ -13,7 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Int16, UInt32
+from jaxtyping import Bool, Int, Int16, UInt32
 
 from hebasr_jax.audio import SAMPLE_RATE
 
@@ -27,7 +27,7 @@ _BLOCK_FRAMES = 1875  # 30 s at a time
 _QUIET = 1e-4  # 40 dB under the loudest frame of a block
 _COMPARED = 192  # frames around a proposed alignment that decide: 3 s
 _MIN_FRAMES = 32  # of them that must be loud in both: half a second
-_MIN_SHARE = 0.75  # the paper takes 0.65, which repeated phrases of one voice reach
+MIN_SHARE = 0.75  # the paper takes 0.65, which repeated phrases of one voice reach
 _SPREAD = 2.0  # shorter pieces agree by chance more often: docs/evaluation.md
 _COMMON = 256  # a word that stands in the index more often than this proposes nothing
 _AT_ONCE = 4096  # alignments compared at a time
@@ -50,12 +50,12 @@ class Fingerprint:
 class Index:
     """Clips to be looked for: the frames of all, one clip after the other, and where words stand.
 
-    13 bytes a frame, 2.9 MB an hour. Clip c has frames start_C[c] to start_C[c + 1] of G.
+    13 bytes a frame, 2.9 MB an hour. Clip c has frames start_D[c] to start_D[c + 1].
     """
 
     bits_G: UInt32[np.ndarray, " G"]
     loud_G: Bool[np.ndarray, " G"]
-    start_C: Int[np.ndarray, " C+1"]
+    start_D: Int[np.ndarray, " D"]
     word_N: UInt32[np.ndarray, " N"]  # those of loud frames, in order
     at_N: Int[np.ndarray, " N"]  # the frame of each
 
@@ -95,31 +95,27 @@ def build_index(fingerprints: Iterable[Fingerprint]) -> Index:
     loud_G = np.concatenate([part.loud_T for part in prints])
     at_N = np.flatnonzero(loud_G).astype(np.int32)
     at_N = at_N[np.argsort(bits_G[at_N], kind="stable")]
-    start_C = np.cumsum([len(part.bits_T) for part in prints])
-    return Index(bits_G, loud_G, start_C, bits_G[at_N], at_N)
+    start_D = np.cumsum([len(part.bits_T) for part in prints])
+    return Index(bits_G, loud_G, start_D, bits_G[at_N], at_N)
 
 
-def find_copies(index: Index, other: Fingerprint) -> list[Match]:
+def find_copies(index: Index, other: Fingerprint, min_share: float = MIN_SHARE) -> list[Match]:
     """Clips of the index that share sound with `other`, a match for each alignment, best first.
 
-    An alignment is a match when at least `threshold` of the bits agree. Either may hold the other.
+    An alignment is a match when at least `min_share` of the bits agree around some frame, and at
+    least 0.5 + 2 / sqrt(n) where only n frames can be compared. Either may hold the other.
     """
     at_K, frame_K = _proposals(index, other)
     found = [np.zeros((0, 5))]
     for first in range(0, len(at_K), _AT_ONCE):
         part = slice(first, first + _AT_ONCE)
-        found.append(_compare(index, other, at_K[part], frame_K[part]))
+        found.append(_compare(index, other, at_K[part], frame_K[part], min_share))
     rows = np.concatenate(found)  # clip, shift, first and last frame in the clip, share
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
     # The frames of two cuts lie up to half a hop apart, so that a copy shows at two shifts.
     new = (np.diff(rows[:, 0]) != 0) | (np.diff(rows[:, 1]) > 2)
     groups = np.split(rows, np.flatnonzero(new) + 1) if len(rows) else []
     return sorted((_match(group) for group in groups), key=lambda match: -match.score)
-
-
-def threshold(frames: Int[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
-    """The share of bits that must agree when so many loud frames are compared."""
-    return np.maximum(_MIN_SHARE, 0.5 + _SPREAD / np.sqrt(np.maximum(frames, 1)))
 
 
 def _block(wave_S: np.ndarray) -> Fingerprint:
@@ -169,12 +165,14 @@ def _proposals(index: Index, other: Fingerprint) -> tuple[np.ndarray, np.ndarray
     return at_K[one_K], frame_K[one_K]
 
 
-def _compare(index: Index, other: Fingerprint, at_K: np.ndarray, frame_K: np.ndarray) -> np.ndarray:
+def _compare(
+    index: Index, other: Fingerprint, at_K: np.ndarray, frame_K: np.ndarray, min_share: float
+) -> np.ndarray:
     """The proposals that hold: rows of clip, shift, first frame, frame after the last, share."""
-    clip_K = np.searchsorted(index.start_C, at_K, "right") - 1
+    clip_K = np.searchsorted(index.start_D, at_K, "right") - 1
     shift_K = at_K - frame_K
-    low_K = np.maximum(index.start_C[clip_K], shift_K)
-    high_K = np.minimum(index.start_C[clip_K + 1], shift_K + len(other.bits_T))
+    low_K = np.maximum(index.start_D[clip_K], shift_K)
+    high_K = np.minimum(index.start_D[clip_K + 1], shift_K + len(other.bits_T))
     first_K = np.clip(at_K - _COMPARED // 2, low_K, np.maximum(low_K, high_K - _COMPARED))
     last_K = np.minimum(first_K + _COMPARED, high_K)
     there_KT = first_K[:, None] + np.arange(_COMPARED)
@@ -186,8 +184,9 @@ def _compare(index: Index, other: Fingerprint, at_K: np.ndarray, frame_K: np.nda
     frames_K = counts_KT.sum(axis=1)
     wrong_K = np.sum(wrong_KT, axis=1, where=counts_KT, dtype=np.int64)
     share_K = 1 - wrong_K / np.maximum(1, _BITS * frames_K)
-    holds_K = (frames_K >= _MIN_FRAMES) & (share_K >= threshold(frames_K))
-    start_K = index.start_C[clip_K]
+    least_K = np.maximum(min_share, 0.5 + _SPREAD / np.sqrt(np.maximum(1, frames_K)))
+    holds_K = (frames_K >= _MIN_FRAMES) & (share_K >= least_K)
+    start_K = index.start_D[clip_K]
     rows = [clip_K, shift_K - start_K, first_K - start_K, last_K - start_K, share_K]
     return np.stack(rows, axis=1)[holds_K]
 
