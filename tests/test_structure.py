@@ -23,6 +23,8 @@ LEVELS = [
     {"scoring"},
     {"model.layers", "augment", "data", "data.clips", "optim", "sharding", "distributed", "flops"},
     {"model.encoder", "model.decoder", "data.decode", "data.quality", "data.draws", "report_final"},
+    {"data.fingerprint", "hypotheses"},
+    {"overlap"},
     {"model.asr", "data.rows", "data.parquet", "data.shards", "data.plan", "data.table", "report"},
     {"loss", "generate", "weights", "layout", "data.sources", "data.pipeline", "checkpoint"},
     {"export", "trained", "data.prepare", "train_step", "members", "throughput", "step_memory"},
