@@ -110,7 +110,7 @@ def generate(
         finished_B=jnp.zeros(budget_B.shape, bool),
         caches=tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in zip(*kept, strict=True)),
     )
-    layers = _layers(asr)
+    layers = asr.decoder.unstacked()
     slots = x_BLD.shape[1] + max_new_tokens
 
     def running(loop: _Loop) -> Array:
@@ -169,16 +169,6 @@ def _valid_slots(slots: int, prompt_B: Array, prompt_slots: int, newest: Array) 
     """Slots a row may attend to: its own prompt, and every new token up to the newest."""
     slot_S = jnp.arange(slots)
     return (slot_S < prompt_B[:, None]) | ((slot_S >= prompt_slots) & (slot_S <= newest))
-
-
-def _layers(asr: Asr) -> list[Any]:
-    """Each decoder layer alone, its products' weights cast once, outside the decoding loop."""
-    dtype = asr.decoder.compute.dtype
-    return [
-        jax.tree.map(lambda w, n=n: w[n].astype(dtype) if w.ndim > 2 else w[n], stack)
-        for stack in asr.decoder.segments()
-        for n in range(jax.tree.leaves(stack)[0].shape[0])
-    ]
 
 
 def _best(asr: Asr, hidden_B1D: Array) -> Int[Array, " B"]:
