@@ -6,6 +6,7 @@ is its own, and its query attends to those (tree attention). So a change of pare
 table of small integers, and all beams of a row read the row's cache together.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -97,16 +98,13 @@ def generate_beam(
         new = _continue(asr, search, end_ids)
         divisor = (search.step + 1).astype(jnp.float32) ** length_penalty
         cut_B1 = (search.step + 1 >= budget_B)[:, None]
-        done_BW = (new.ends_BC | cut_B1)[:, :beams] & running(search)[:, None]
-        best = _keep_best(search, new, done_BW, divisor)
-        logprobs_BW, picked_BW = jax.lax.top_k(
-            jnp.where(new.ends_BC, -jnp.inf, new.logprobs_BC), beams
-        )
-        return _advance(asr, layers, search, prompt_B, _pick(new, picked_BW)).replace(
-            open_B=logprobs_BW[:, 0] / divisor > best.scores_BW[:, -1],
-            logprobs_BW=logprobs_BW,
-            best=best,
-        )
+        done_BC = (new.ends_BC | cut_B1) & running(search)[:, None]
+        best = _keep_best(search, new, done_BC[:, :beams], divisor)
+        live = _live(new, beams)
+        may_B = live.logprobs_BC[:, 0] / divisor > best.scores_BW[:, -1]
+        advanced = _advance(asr, layers, search, prompt_B, live)
+        # A stopped row stays so: with a length penalty, longer hypotheses could overtake later.
+        return replace(advanced, open_B=search.open_B & may_B, best=best)
 
     with jax.named_scope("decode"):
         return jax.lax.while_loop(lambda search: jnp.any(running(search)), body, search).best
@@ -163,8 +161,17 @@ def _continue(asr: Asr, search: _Search, end_ids: tuple[int, ...]) -> _Candidate
     )
 
 
+def _live(new: _Candidates, beams: int) -> _Candidates:
+    """The first `beams` continuations that do not end."""
+    logprobs_BC = jnp.where(new.ends_BC, -jnp.inf, new.logprobs_BC)
+    return _pick(replace(new, logprobs_BC=logprobs_BC), jax.lax.top_k(logprobs_BC, beams)[1])
+
+
 def _keep_best(search: _Search, new: _Candidates, done_BW: Array, divisor: Array) -> Beams:
-    """The W best of those done before and those done now, which stand in the first W places."""
+    """The W best of those done before and of those of the first W continuations done now.
+
+    Equal scores keep their order, so that places without a hypothesis stay empty and last.
+    """
     beams = done_BW.shape[1]
     parents_BW, ends_BW = new.parents_BC[:, :beams], new.ends_BC[:, :beams]
     token_BW = jnp.where(ends_BW, 0, new.tokens_BC[:, :beams])
@@ -179,20 +186,20 @@ def _keep_best(search: _Search, new: _Candidates, done_BW: Array, divisor: Array
 
 
 def _advance(
-    asr: Asr, layers: list[Any], search: _Search, prompt_B: Array, chosen: _Candidates
+    asr: Asr, layers: list[Any], search: _Search, prompt_B: Array, live: _Candidates
 ) -> _Search:
-    """The chosen continuations' tokens through all layers, W new positions of each row."""
+    """The live continuations' tokens through all layers, W new positions of each row."""
     rows, beams, steps = search.slots_BWG.shape
     step, prompt_slots = search.step, search.caches[0][0].shape[1] - steps * beams
     own_BW = jnp.broadcast_to(jnp.arange(beams), (rows, beams))
-    slots_BWG = _of(search.slots_BWG, chosen.parents_BC).at[:, :, step].set(own_BW)
+    slots_BWG = _of(search.slots_BWG, live.parents_BC).at[:, :, step].set(own_BW)
     theirs_BWS = (slots_BWG[..., None] == jnp.arange(beams)).reshape(rows, beams, steps * beams)
     prompt_BWS = jnp.broadcast_to(
         (jnp.arange(prompt_slots) < prompt_B[:, None])[:, None], (rows, beams, prompt_slots)
     )
     valid_BWS = jnp.concatenate([prompt_BWS, theirs_BWS], axis=2)
     slot = prompt_slots + step * beams
-    x_BWD = asr.decoder.embed_text(chosen.tokens_BC)
+    x_BWD = asr.decoder.embed_text(live.tokens_BC)
     angles = asr.decoder.angles(jnp.broadcast_to((prompt_B + step)[:, None], (rows, beams)))
     caches = []
     for layer, (keys, values) in zip(layers, search.caches, strict=True):
@@ -204,10 +211,12 @@ def _advance(
 
         x_BWD, cache = layer(x_BWD, angles, mix)
         caches.append(cache)
-    return search.replace(
+    return replace(
+        search,
         step=step + 1,
         hidden_BWD=asr.decoder.norm(x_BWD),
-        tokens_BWG=_of(search.tokens_BWG, chosen.parents_BC).at[:, :, step].set(chosen.tokens_BC),
+        logprobs_BW=live.logprobs_BC,
+        tokens_BWG=_of(search.tokens_BWG, live.parents_BC).at[:, :, step].set(live.tokens_BC),
         slots_BWG=slots_BWG,
         caches=tuple(caches),
     )
