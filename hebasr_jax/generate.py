@@ -165,7 +165,7 @@ def decode(
     asr: Asr, slots: Slots, leave: Int[Array, ""], *, end_ids: tuple[int, ...], sample: bool
 ) -> Slots:
     """Decodes until no more than `leave` rows run; those that stand still are left alone."""
-    layers = _layers(asr)
+    layers = asr.decoder.unstacked()
     budget = slots.tokens_RG.shape[1]
     prompt = slots.caches[0][0].shape[1] - budget
 
@@ -296,13 +296,3 @@ def _valid_slots(slots: Slots, prompt: int, budget: int) -> Bool[Array, "R S"]:
     age_S = (slots.step_1 - (slot_S - prompt)) % budget
     own_RS = age_S <= (slots.step_1 - slots.start_R)[:, None]
     return jnp.where(slot_S < prompt, slot_S < slots.prompt_R[:, None], own_RS)
-
-
-def _layers(asr: Asr) -> list[Any]:
-    """Each decoder layer alone, its products' weights cast once, outside the decoding loop."""
-    dtype = asr.decoder.compute.dtype
-    return [
-        jax.tree.map(lambda w, n=n: w[n].astype(dtype) if w.ndim > 2 else w[n], stack)
-        for stack in asr.decoder.segments()
-        for n in range(jax.tree.leaves(stack)[0].shape[0])
-    ]
