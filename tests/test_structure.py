@@ -18,9 +18,11 @@ MODULES = sorted((ROOT / "hebasr_jax").rglob("*.py"))
 LEVELS = [
     {"", "errors", "charts", "paths", "card_text"},
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
+    {"hypotheses"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
     {"card", "upload", "page"},
     {"model.layers", "augment", "data", "data.clips", "optim", "sharding", "distributed", "flops"},
+    {"alignment"},
     {"model.encoder", "model.decoder", "data.decode", "data.quality", "data.draws", "report_final"},
     {"model.asr", "data.rows", "data.parquet", "data.shards", "data.plan", "data.table", "report"},
     {"loss", "generate", "weights", "layout", "data.sources", "data.pipeline", "checkpoint"},
