@@ -251,6 +251,7 @@ def test_a_score_normalises_both_sides_and_names_everything() -> None:
     low, high = result.pop("ci95")
     assert 0.0 == low <= 0.25 <= high <= 1.0
     assert result.pop("cer_ci95")[1] <= 1.0
+    assert result.pop("tolerant_ci95") == (low, high)
     assert result == {
         "wer": 0.25,
         "cer": 2 / 14,
@@ -261,4 +262,7 @@ def test_a_score_normalises_both_sides_and_names_everything() -> None:
         "words": 4,
         "clips": 3,
         "empty": 1,
+        "wil": 0.25,
+        "tolerant_wer": 0.25,
+        "normalizer": "ivrit-1",
     }

@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "hebasr_jax").rglob("*.py"))
 # Each module may import those before it; modules on one line do not import each other.
 LEVELS = [
-    {"", "errors", "charts", "paths", "card_text"},
+    {"", "errors", "charts", "paths", "card_text", "output_style", "sound_level"},
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
     {"hypotheses"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
-    {"card", "upload", "page"},
+    {"card", "upload", "page", "hypotheses", "significance"},
+    {"scoring"},
     {"model.layers", "augment", "data", "data.clips", "optim", "sharding", "distributed", "flops"},
     {"alignment"},
     {"model.encoder", "model.decoder", "data.decode", "data.quality", "data.draws", "report_final"},
