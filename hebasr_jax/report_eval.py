@@ -119,7 +119,7 @@ def _tiles(results: Numbers, sets: Mapping[str, Numbers]) -> str:
         for key in ("clips", "audio_s", "missing", "loops", "unfinished")
     }
     tiles = [
-        ("macro mean WER", percent(macro["wer"]), _how_many(macro)) if "wer" in macro else None,
+        ("macro mean WER", percent(macro["wer"]), _whose_mean(macro)) if "wer" in macro else None,
         ("sets", f"{len(sets):,}", ""),
         ("clips", f"{totals['clips']:,}", f"{totals['missing']:,} more are missing"),
         ("audio", f"{totals['audio_s'] / 3600:,.2f} h", ""),
@@ -135,10 +135,11 @@ def _tiles(results: Numbers, sets: Mapping[str, Numbers]) -> str:
     return f'<div class="tiles">{"".join(shown)}</div>'
 
 
-def _how_many(macro: Numbers) -> str:
-    there = macro.get("sets")
-    count = len(there) if isinstance(there, (Mapping, Sequence)) else there
-    return f"mean of {count} of the six sets" if count is not None else ""
+def _whose_mean(macro: Numbers) -> str:
+    names = macro.get("sets") or ()
+    if macro.get("complete"):
+        return "the six sets, each alike"
+    return f"only {len(names)} of the six sets: {', '.join(names)}"
 
 
 def _headline_row(anchor: str, name: str, numbers: Numbers, top: float) -> list[str]:

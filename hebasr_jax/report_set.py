@@ -211,7 +211,7 @@ def _trend(clips: Sequence[Clip]) -> list[Point]:
 
 
 _KINDS = {
-    "loops": "Text in circles, decoded again",
+    "loops": "The same words again and again",
     "insertion_bursts": "Many words added at a stretch",
     "text_on_silence": "Text on silence",
 }
@@ -228,8 +228,8 @@ def _hallucinations(
         count = numeral(found.get("count", len(ids)))
         line = f"{_KINDS.get(kind, escaped(kind))}: {count}{of_silent} clips"
         examples = "".join(_clip(out, name, by_id[i]) for i in ids[:3] if i in by_id)
-        if others := ", ".join(ids[3:_MOST_ROWS]):
-            examples += f"<p>Also {escaped(others)}</p>"
+        if others := ", ".join(ids[3:]):
+            examples += f"<p>Also, as far as they are named: {escaped(others)}</p>"
         parts.append(folded(line, examples) if examples else f"<p>{line}</p>")
     return "<h3>Hallucination</h3>" + "".join(parts) if parts else ""
 
