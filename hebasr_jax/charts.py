@@ -43,7 +43,7 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
 .range { stroke-width: 1.5; opacity: .65; }
 .interval { width: 180px; height: 14px; } .interval .grid { stroke: var(--line); }
 .interval .span { stroke-width: 6; opacity: .4; } .interval .tick { stroke-width: 2; }
-.cloud { fill: none; stroke-width: 5; stroke-linecap: round; stroke-dasharray: none; opacity: .45; }
+.cloud { fill: none; stroke-width: 5; stroke-linecap: round; stroke-dasharray: none; opacity: .6; }
 .named { fill: var(--s1); stroke: var(--paper); }
 .chart .bad { stroke: var(--wrong); stroke-width: 2; }
 """
