@@ -141,7 +141,8 @@ h1 { font-size: 1.6rem; margin: .2rem 0 1rem; } h2 { font-size: 1.15rem; margin:
   border-bottom: 1px solid var(--line); } h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 p { max-width: 48rem; color: var(--muted); margin: .4rem 0; }
 .tiles { display: flex; flex-wrap: wrap; gap: .6rem; }
-.tile { background: var(--panel); border-radius: 6px; padding: .55rem .9rem; min-width: 8rem; max-width: 16rem; }
+.tile { background: var(--panel); border-radius: 6px; padding: .55rem .9rem;
+  min-width: 8rem; max-width: 16rem; }
 .tile div { font-size: .8rem; color: var(--muted); } .tile b { font-size: 1.35rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr));
   gap: 1.4rem 2rem; }

@@ -18,6 +18,7 @@ from hebasr_jax.page import (
     dict_table,
     escaped,
     facts_table,
+    folded,
     numeral,
     read_json,
     table_of,
@@ -27,7 +28,6 @@ from hebasr_jax.report_set import Clip, Numbers, confusions, read_clips, set_sec
 from hebasr_jax.tracking import interval, percent
 
 _MOST_EXAMPLES = 20
-_MOST_FINDINGS = 100
 
 
 def write_evaluation_report(out: Path) -> Path:
@@ -176,23 +176,23 @@ def _rate(numbers: Numbers, key: str) -> str:
 
 
 def _systems(results: Numbers, sets: Mapping[str, Numbers], control: Numbers) -> str:
-    published = results.get("published") or ()
     measured = {"this model": sets}
     if control:
         name = _mapping(control.get("model")).get("source", "")
         measured[f"the control, {name}"] = _mappings(control.get("sets"))
-    columns = list(
-        dict.fromkeys([*sets, *(name for row in published for name in row["wer_percent"])])
-    )
+    published: dict[tuple[str, str], dict[str, float]] = {}
+    for name, figures in _mapping(results.get("published")).items():
+        for one in figures:
+            whose = str(one.get("system", "")), str(one.get("source", ""))
+            published.setdefault(whose, {})[name] = one["wer"]
+    columns = list(dict.fromkeys([*sets, *(n for found in published.values() for n in found)]))
     rows = []
     for system, scores in measured.items():
         cells = [_cell(scores[name]) if name in scores else "–" for name in columns]
         rows.append([f"<b>{_long(system)}</b>", *cells, "measured here"])
-    for row in published:
-        figures = row["wer_percent"]
-        cells = [f"{figures[name]:.1f} %" if name in figures else "–" for name in columns]
-        source = _long(f"published: {row.get('source', '')}")
-        rows.append([_long(row.get("system", "")), *cells, source])
+    for (system, source), found in published.items():
+        cells = [percent(found[name]) if name in found else "–" for name in columns]
+        rows.append([_long(system), *cells, _long(f"published: {source}")])
     note = "" if control else "<p>No control was run here.</p>"
     note += (
         "<p>Published figures are others' and were not measured again: another engine, version or "
@@ -322,21 +322,26 @@ def _reasons(reasons: Numbers) -> str:
 
 
 def _overlap(found: Any) -> str:
-    if not isinstance(found, Mapping):
+    """What `overlap.check_overlap` found: a table of its counts by set, and examples, folded."""
+    content = _mapping(found)
+    train, tests = _mapping(content.get("train")), _mappings(content.get("tests"))
+    if not tests:
         return "<p>Not checked.</p>"
-    parts = [f"<p>Training data: {escaped(found.get('train'))}</p>"]
-    for name, told in _mappings(found.get("sets")).items():
-        parts.append(f"<h3>{escaped(name)}</h3>")
-        facts = {}
-        for key, value in told.items():
-            if isinstance(value, list) and value and all(isinstance(r, Mapping) for r in value):
-                shown = value[:_MOST_FINDINGS]
-                more = f", the first {len(shown):,}" if len(value) > len(shown) else ""
-                parts.append(f"<h4>{escaped(key)}: {len(value):,}{more}</h4>{dict_table(shown)}")
-            else:
-                facts[key] = value
-        parts.append(facts_table(facts) if facts else "")
-    return "".join(parts)
+    rows, parts = [], []
+    for name, told in tests.items():
+        counts = {k: v.get("clips") if isinstance(v, Mapping) else v for k, v in told.items()}
+        rows.append({"set": name} | {k: v for k, v in counts.items() if k != "name"})
+        for kind, value in _mappings(told).items():
+            if examples := value.get("examples"):
+                title = f"{escaped(name)}, {escaped(kind)}: {len(examples):,} examples"
+                parts.append(folded(title, dict_table(examples)))
+    note = (
+        f"<p>{len(train.get('overlapping') or ()):,} of {numeral(train.get('clips'))} clips of "
+        f"{escaped(train.get('name'))} overlap a set. Overlapping are clips of the same id or "
+        "recording, much of the same text, or the same sound; a phrase or a short text that both "
+        "have does not count.</p>"
+    )
+    return note + dict_table(rows) + "".join(parts)
 
 
 def _facts(results: Numbers, sets: Mapping[str, Numbers]) -> str:

@@ -140,9 +140,9 @@ def test_alignments_show_the_text_that_was_scored(tmp_path) -> None:
 
 
 def test_other_systems_figures_are_marked(tmp_path) -> None:
-    published = [
-        {"system": "Ivrit", "source": "their board", "wer_percent": {"talk": 5.12, "kan": 8.1}}
-    ]
+    figures = {"talk": 0.0512, "kan": 0.081}
+    whose = {"system": "Ivrit", "source": "their board"}
+    published = {name: [{**whose, "wer": wer}] for name, wer in figures.items()}
     out = write_out(tmp_path, {"talk": ROWS}, published=published)
     assert "No control was run here." in read(out).text
     content = {"model": {"source": "whisper"}, "sets": {"talk": {"wer": 0.25, "clips": 7}}}
@@ -274,12 +274,15 @@ def test_skipped_sets_overlap_and_versions_are_told(tmp_path) -> None:
     out = write_out(
         tmp_path, {"talk": ROWS}, more, model=model, skipped={"whatsapp": "gated:\nask"}
     )
-    found = [{"test": f"t{i}", "train": "b"} for i in range(150)]
-    write_json(out / "overlap.json", {"train": "t.jsonl", "sets": {"talk": {"audio": found}}})
+    sound = {"clips": 23, "examples": [{"test": "t1", "train": "b", "score": 0.912}]}
+    found = {"name": "talk", "clips": 70, "overlapping": 31, "id": {"clips": 8}, "audio": sound}
+    train = {"name": "mine", "clips": 4000, "overlapping": ["a", "b"]}
+    write_json(out / "overlap.json", {"train": train, "tests": {"talk": found}})
     page = tables(out)
     assert row_of(page, "whatsapp") == [["whatsapp", "gated:\nask"]]
-    assert "audio: 150, the first 100" in page.text
-    assert len(row_of(page, "t1")) == 11  # of t0 to t99
+    assert "2 of 4,000 clips of mine overlap a set." in flat(page.text)
+    assert row_of(page, "talk")[-1] == ["talk", "70", "31", "8", "23"]
+    assert row_of(page, "t1") == [["t1", "b", "0.912"]]
     assert row_of(page, "sets.talk.versions.jiwer") == [["sets.talk.versions.jiwer", "4.0.1"]]
     assert row_of(page, "model.dtype") == [["model.dtype", "bfloat16"]]
     assert "a trial: first 7 clips" in row_of(page, "talk")[0][0]
@@ -305,10 +308,11 @@ def test_text_stays_text(tmp_path_factory, texts) -> None:
     slices = {a: [{"name": b, "wer": 0.5, "ci95": [0.1, 0.9]}]}
     more = {"style": c, "slices": slices, "hallucinations": {d: {"ids": [a, b], "count": 2}}}
     more |= {"versions": {d: e}, "model": c}
-    published = [{"system": a, "source": b, "wer_percent": {c: 5.0}}]
+    published = {c: [{"system": a, "source": b, "wer": 0.05}]}
     write_out(out, {"set": [row]}, more, published=published, skipped={d: e}, model={a: b})
     (out / "set" / "missing.jsonl").write_text(json.dumps({a: b, "id": c}))
-    write_json(out / "overlap.json", {"train": d, "sets": {a: {b: [{c: d}], e: a}}})
+    found = {"name": a, e: {"clips": b, "examples": [{c: d}]}}
+    write_json(out / "overlap.json", {"train": {"name": c}, "tests": {b: found}})
     pair = {"ci95": [0.1, 0.2]}
     write_json(out / "compare.json", {"first": {"model": a}, "sets": {b: pair}, "skipped": {c: d}})
     page = read(out)
