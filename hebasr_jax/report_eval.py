@@ -333,7 +333,7 @@ def _overlap(found: Any) -> str:
         rows.append({"set": name} | {k: v for k, v in counts.items() if k != "name"})
         for kind, value in _mappings(told).items():
             if examples := value.get("examples"):
-                title = f"{escaped(name)}, {escaped(kind)}: {len(examples):,} examples"
+                title = f"{escaped(name)}, {escaped(kind)}, examples: {len(examples):,}"
                 parts.append(folded(title, dict_table(examples)))
     note = (
         f"<p>{len(train.get('overlapping') or ()):,} of {numeral(train.get('clips'))} clips of "

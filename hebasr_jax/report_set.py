@@ -156,7 +156,7 @@ def _slices(slices: Mapping[str, Sequence[Numbers]]) -> str:
         more = f"<p>{len(rows) - _MOST_ROWS:,} more.</p>" if len(rows) > _MOST_ROWS else ""
         names = [name, "WER", "95 %", "", "words", "clips"]
         parts.append(f"<div><h4>by {escaped(name)}</h4>{table_of(names, shown)}{more}</div>")
-    return f'<h3>Slices</h3><div class="tables">{"".join(parts)}</div>' if parts else ""
+    return f'<h3>Slices</h3><div class="tables tight">{"".join(parts)}</div>' if parts else ""
 
 
 def _slice_row(row: Numbers, top: float) -> list[str]:
@@ -224,9 +224,9 @@ def _hallucinations(
     parts = []
     for kind, found in kinds.items():
         ids = [str(i) for i in found.get("ids") or ()]
-        of_silent = f" of {numeral(found['silent'])} silent" if "silent" in found else ""
+        of_silent = f", of {numeral(found['silent'])} silent ones" if "silent" in found else ""
         count = numeral(found.get("count", len(ids)))
-        line = f"{_KINDS.get(kind, escaped(kind))}: {count}{of_silent} clips"
+        line = f"{_KINDS.get(kind, escaped(kind))}, clips: {count}{of_silent}"
         examples = "".join(_clip(out, name, by_id[i]) for i in ids[:3] if i in by_id)
         if others := ", ".join(ids[3:]):
             examples += f"<p>Also, as far as they are named: {escaped(others)}</p>"

@@ -216,8 +216,8 @@ def test_slices_and_hallucinations_are_told(tmp_path) -> None:
     page = tables(write_out(tmp_path, {"talk": ROWS}, more))
     assert row_of(page, "0 to 5 s") == [["0 to 5 s", "32.1 %", "[20.0, 40.0]", "", "77", "6"]]
     assert row_of(page, "A") == [["A", "50.0 %", "unknown", "", "3", "1"]]
-    assert "Text on silence: 1 of 4 silent clips" in page.text
-    assert "Many words added at a stretch: 0 clips" in page.text
+    assert "Text on silence, clips: 1, of 4 silent ones" in page.text
+    assert "Many words added at a stretch, clips: 0" in page.text
     assert page.within("id").count("n3") == 2  # as an example and among the worst
 
 
