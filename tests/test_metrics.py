@@ -198,6 +198,13 @@ def test_a_rate_without_reference_words_is_no_number() -> None:
         assert math.isnan(score(references, hypotheses, resamples=9, seed=0)["wer"])
 
 
+def test_wil_without_words_is_jiwers() -> None:
+    for references, hypotheses in ((["", ""], ["", ""]), ([""], ["a b"]), (["a b"], [""])):
+        ours = score(references, hypotheses, resamples=1, seed=0)["wil"]
+        assert ours == jiwer.process_words(references, hypotheses).wil
+    assert score([], [], resamples=1, seed=0)["wil"] == 0
+
+
 def test_pairs_must_match() -> None:
     with pytest.raises(ValueError, match="1 references for 0"):
         word_errors(["a"], [])
@@ -236,6 +243,18 @@ def test_the_interval_is_that_of_all_draws_of_groups() -> None:
         )
         tails = [(1 - level) / 2, (1 + level) / 2]
         assert (low, high) == pytest.approx(np.quantile(rates, tails, method="inverted_cdf"))
+
+
+def test_the_draws_are_those_of_one_at_a_time() -> None:
+    """Draws are made in blocks that bound the memory: 700 of 3,500 groups are two blocks."""
+    rng = np.random.default_rng(0)
+    errors_N, words_N = rng.integers(0, 5, 3500), rng.integers(0, 9, 3500)
+    rng, rates = np.random.default_rng(7), []
+    for _ in range(700):
+        drawn = rng.integers(3500, size=3500)
+        rates.append(errors_N[drawn].sum() / words_N[drawn].sum())
+    ours = bootstrap_interval(errors_N, words_N, resamples=700, seed=7)
+    assert ours == tuple(np.quantile(rates, [0.025, 0.975]))
 
 
 def test_coverage_of_groups_that_share_their_errors() -> None:
