@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hebasr_jax.checkpoint import CheckpointStore
-from hebasr_jax.data.clips import Batch
 from hebasr_jax.data.pipeline import Item
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_folder import StopSignal
@@ -18,13 +17,6 @@ from hebasr_jax.train_step import StepMetrics, TrainState
 from hebasr_jax.validate import DevSet
 
 Say = Callable[[str], None]
-
-
-class Placed(NamedTuple):
-    """A batch on the devices, and this host's part of it as it was loaded."""
-
-    device: Batch
-    host: Batch
 
 
 @dataclass

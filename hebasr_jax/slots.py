@@ -162,8 +162,6 @@ def _decode_class(
     while True:
         while waiting and (owner_DR == _FREE).sum(1).min() >= shape.fill_rows:
             row_M = _take_rows(owner_DR, waiting.popleft(), shape, len(utterances))
-            # Two programs with cuDNN attention in flight crash (docs/performance.md).
-            jax.block_until_ready(slots.step_1)
             slots = _fill(params, slots, ready, jax.device_put(row_M, rows(program.mesh)), program)
             if waiting:  # made ready while the devices work
                 ready = _entries(utterances, waiting[0], shape, program)

@@ -37,7 +37,7 @@ from hebasr_jax.run_folder import (
     write_json,
 )
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up
-from hebasr_jax.running import Placed, Run, Say, Trainee, tell, tell_pending
+from hebasr_jax.running import Run, Say, Trainee, tell, tell_pending
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
 from hebasr_jax.sinks import check_sinks, open_sinks
 from hebasr_jax.stages import Part, checked_rates, enter, state_shapes
@@ -233,19 +233,13 @@ def through_stages(run: Run, trainee: Trainee) -> int:
 
 def through_steps(run: Run, trainee: Trainee, part: Part) -> bool:
     """The steps of a stage, with saves and validations where due; False when a signal came."""
-    place = rows(run.setup.mesh)
     trainee.window.restart()
-
-    def put(host: Batch) -> Placed:
-        return Placed(jax.tree.map(lambda x: place_rows(x, place), host), host)
-
     batches = stream(
         part.feed,
         epochs=_FOREVER,
         epoch=trainee.epoch,
         batch=trainee.batch,
         local_rows=local_rows,
-        place=put,  # type: ignore[arg-type]  # the stream hands on what it is given
     )
     with batches as items:
         while True:
@@ -274,19 +268,20 @@ def next_item(run: Run, trainee: Trainee, items: Iterator[Item]) -> Item:
 
 
 def one_step(run: Run, trainee: Trainee, item: Item) -> None:
-    """Waits for the step before and tells its metrics, then dispatches this one.
+    """Starts the batch's copy, waits for the step before, tells its metrics, dispatches this one.
 
-    Two steps in flight crash on a GPU: programs with cuDNN attention are not safe to launch while
-    another runs (docs/performance.md). The device waits for the dispatch alone.
+    All in one thread: see `pipeline.stream`. The device waits for the dispatch alone.
     """
     setup, part = run.setup, run.part(trainee)
     bucket = part.feed.buckets[item.bucket]
-    placed: Any = item.data
+    host: Batch = item.data
+    place = rows(setup.mesh)
+    batch = jax.tree.map(lambda x: place_rows(x, place), host)
     trainee.window.waited_s += item.waited_s
     tell_pending(run, trainee)
     program = run.programs[part.stage.name, bucket]
-    state, metrics = program(trainee.state, placed.device, setup.noise_NS)
-    work = work_of(placed.host, bucket.audio_s, setup.model)
+    state, metrics = program(trainee.state, batch, setup.noise_NS)
+    work = work_of(host, bucket.audio_s, setup.model)
     trainee.pending = metrics, work, item
     trainee.state, trainee.step = state, trainee.step + 1
     trainee.epoch, trainee.batch = item.epoch, item.batch + 1

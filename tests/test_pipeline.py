@@ -358,22 +358,6 @@ def test_an_interpreter_with_an_open_stream_exits() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_batches_are_placed_ahead() -> None:
-    """`place` sees each batch once, in order, in another thread than the caller's."""
-    placed = []
-
-    def place(batch: Batch) -> Batch:
-        placed.append((threading.current_thread(), batch.samples_B.copy()))
-        return jax.tree.map(jax.numpy.asarray, batch)
-
-    feed = feed_of([clip_set(some_clips(40))], with_(data={"threads": 2}))
-    batches = all_batches(feed, place=place)
-    assert all(thread is not threading.current_thread() for thread, _ in placed)
-    assert isinstance(batches[0][3].wave_BS, jax.Array)
-    for (_, samples), (*_, batch) in zip(placed, batches, strict=True):
-        np.testing.assert_array_equal(samples, batch.samples_B)
-
-
 def test_the_shapes_of_a_bucket() -> None:
     feed = feed_of([clip_set([clip(0, 3.0)])], with_(augment={"speed_factors": (0.5, 1.0)}))
     batch = pipeline.empty_batch(feed.buckets[-1], Augment(speed_factors=(0.5, 1.0)), 2)

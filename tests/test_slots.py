@@ -141,7 +141,7 @@ def test_log_probabilities_are_those_of_the_full_forward(recognizer, utterances)
 
 
 def test_draws_follow_from_the_seed_alone(recognizer, utterances) -> None:
-    """Whatever decodes beside them; another seed draws another text; a low temperature is greedy."""
+    """Whatever decodes beside them; other seeds, other texts; when cold, greedy."""
     drawn = [replace(utterances[5], temperature=1.0, seed=seed) for seed in (1, 2, 1, 2**40 + 1)]
     first = _decode(recognizer, drawn)
     assert first[0].tokens == first[2].tokens

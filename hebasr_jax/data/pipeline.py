@@ -33,7 +33,7 @@ from hebasr_jax.timestamps import MAX_STAMP_S, Segment
 
 _ATTEMPTS = 16  # rows tried for one place in a batch
 _CONTEXTS = 64  # clips tried for a wrong context
-_ON_DEVICE = 2  # batches placed ahead of the step
+_READY = 2  # batches handed over in one thread, so that the step's own need not wait
 _PLANS = 2  # kept at a time: those of a million clips are large
 
 
@@ -138,16 +138,15 @@ def stream(
     epoch: int = 0,
     batch: int = 0,
     local_rows: Callable[[int], slice] = lambda rows: slice(0, rows),
-    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[Iterator[Item]]:
     """The batches from number `batch` of `epoch` to the end of `epochs`, loaded ahead of time.
 
-    Threads load `data.prefetch_batches` or more ahead; one more thread places two on the device.
-    They end with the block. What they raise, the iterator raises.
+    Threads load `data.prefetch_batches` or more ahead. They end with the block, and what they
+    raise, the iterator raises. None of them touches a device: a copy to a GPU from another thread
+    while a program with cuDNN attention starts has crashed runs (docs/performance.md).
 
     Args:
       local_rows: from a batch's rows to those that this host reads.
-      place: puts a loaded batch on the devices.
     """
     import grain
 
@@ -158,18 +157,14 @@ def stream(
         loaded = load_batch(feed, plan, number, local_rows(plan.bucket(number).rows))
         return plan.epoch, number, int(plan.bucket_N[number]), loaded
 
-    def put(element: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*element[:3], place(element[3])) if element else ()
-
     data = feed.config.data
     threaded = data.threads > 0
     ahead = max(data.threads, data.prefetch_batches) if threaded else 0
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead)
     loaded = grain.MapDataset.source(_Positions(feed, epoch, batch, epochs)).map(load)
-    placed = loaded.to_iter_dataset(options).map(put)
     elements = iter(
         grain.experimental.ThreadPrefetchIterDataset(
-            placed, prefetch_buffer_size=_ON_DEVICE if threaded else 0
+            loaded.to_iter_dataset(options), prefetch_buffer_size=_READY if threaded else 0
         )
     )
     try:
