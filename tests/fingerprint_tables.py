@@ -18,7 +18,7 @@ import soxr
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.data.clips import ClipSet
-from hebasr_jax.data.fingerprint import MIN_SHARE, build_index, find_copies, fingerprint
+from hebasr_jax.data.fingerprint import MIN_SHARE, Index, build_index, find_copies, fingerprint
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.run_config import Source
 
@@ -88,9 +88,8 @@ ALTERATIONS: dict[str, Alteration] = {
 }
 
 
-def found(recording: np.ndarray, pieces: dict[float, np.ndarray], alter: Alteration) -> list[bool]:
-    """Whether each piece of a recording, by its start in seconds, is found where it was cut."""
-    index = build_index([fingerprint(recording)])
+def found(index: Index, pieces: dict[float, np.ndarray], alter: Alteration) -> list[bool]:
+    """Whether each piece of the one recording of an index is found where it was cut."""
     answers = []
     for start_s, piece in pieces.items():
         matches = find_copies(index, fingerprint(alter(piece)))
@@ -109,13 +108,14 @@ def cut(wave: np.ndarray, length_s: float, count: int, seed: int) -> dict[float,
 def detection_table(recordings: list[np.ndarray], count: int) -> list[str]:
     lines = ["| alteration | " + " | ".join(f"{length:g} s" for length in LENGTHS_S) + " |"]
     lines.append("|---" * (len(LENGTHS_S) + 1) + "|")
+    indexes = [build_index([fingerprint(wave)]) for wave in recordings]
     for name, alter in ALTERATIONS.items():
         cells = []
         for length_s in LENGTHS_S:
             answers = [
                 answer
-                for seed, wave in enumerate(recordings)
-                for answer in found(wave, cut(wave, length_s, count, seed), alter)
+                for seed, (wave, index) in enumerate(zip(recordings, indexes, strict=True))
+                for answer in found(index, cut(wave, length_s, count, seed), alter)
             ]
             cells.append(f"{100 * np.mean(answers):.1f} %")
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -176,12 +176,10 @@ def main() -> None:
     recordings = [
         np.concatenate([clip_set.read(i) for i in range(len(clip_set.clips))]) for clip_set in sets
     ]
-    for table in (
-        speed_lines(recordings[0]),
-        false_positive_table(sets),
-        detection_table([wave[: 600 * SAMPLE_RATE] for wave in recordings], given.pieces),
-    ):
-        print("\n".join(table), end="\n\n", flush=True)
+    print(*speed_lines(recordings[0]), "", sep="\n", flush=True)
+    print(*false_positive_table(sets), "", sep="\n", flush=True)
+    first_10_min = [wave[: 600 * SAMPLE_RATE] for wave in recordings]
+    print(*detection_table(first_10_min, given.pieces), sep="\n")
 
 
 if __name__ == "__main__":
