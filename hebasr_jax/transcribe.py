@@ -72,12 +72,16 @@ class Recognition:
     tokens: the generated ids without the end token.
     duration_s: of the audio, in seconds.
     finished: False if the token budget ran out first: text may be missing.
+    loops: how often its text went round in circles and it was decoded again.
+    logprob: mean log-probability of its tokens.
     """
 
     transcript: Transcript
     tokens: tuple[int, ...]
     duration_s: float
     finished: bool
+    loops: int = 0
+    logprob: float = 0.0
 
 
 def load_recognizer(
