@@ -1,5 +1,6 @@
 """Several hosts as one machine: start-up, and what all of them must agree on."""
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hebasr_jax.errors import UserError
 
@@ -75,6 +76,33 @@ def to_host(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def local_copy(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays, whole on every device, as arrays of this process alone (no copy).
+
+    Args:
+      mesh: this process's devices.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def local(leaf: jax.Array) -> jax.Array:
+        there = {shard.device: shard.data for shard in leaf.addressable_shards}
+        parts = [there[device] for device in mesh.devices.flat]
+        return jax.make_array_from_single_device_arrays(leaf.shape, whole, parts)
+
+    return jax.tree.map(local, tree)
+
+
+def from_all_hosts(value: Any) -> list[Any]:
+    """What each host gave, in their order; values are anything that JSON holds."""
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(len(own)))
+    padded = np.pad(own, (0, int(sizes.max()) - len(own)))
+    every = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:size])) for row, size in zip(every, sizes, strict=True)]
 
 
 def on_first(action: Callable[[], None], name: str) -> None:

@@ -1,81 +1,205 @@
-"""Greedy decoding with a key/value cache: prefill and loop are one program per shape.
+"""Decoding with a key/value cache in slots: rows are filled, decoded together, and filled again.
 
-The cache of a layer is one array for keys and one for values, [B, L + G, K, H]: the first L slots
-hold the right-padded prompt, slot L + g the g-th new token of every row. All rows write at the
-same slot, so a step updates the cache in place; what a row may attend to is `_valid_slots`.
+The cache of a layer is one array for keys and one for values, [R, P + G, K, H]: the first P slots
+of a row hold its right-padded prompt, the others are a ring. All rows write at one place of the
+ring, `step % G`, so that a step updates the cache in place whenever a row came in; what a row may
+attend to is `_valid_slots`. Positions are rotated before they are stored, so order is no matter.
+
+    empty_slots -> fill (features, prefill, first token) -> decode -> fill the rows that ended ...
+
+`generate` is the same without refilling. Every function here runs inside jit, on one device.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from hebasr_jax.config import ModelConfig
-from hebasr_jax.features import log_mel
-from hebasr_jax.model.asr import Asr, Inputs, Params, bind
+from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, DecoderConfig
+from hebasr_jax.model.asr import Asr, Inputs
 from hebasr_jax.model.attention import attend_cache
-from hebasr_jax.model.layers import Compute
 
 
 @struct.dataclass
-class Generated:
-    """Decoded rows.
+class Choice:
+    """How a row's tokens are chosen.
 
-    tokens_BG: new tokens, 0 behind each row's end; the end token itself is not kept.
-    lengths_B: tokens of each row.
-    finished_B: the row ended by itself. False: its budget ran out, and text may be missing.
+    Fields hold arrays of numpy or JAX; hence `Any`.
+
+    temperature_R: float32; 0 takes the best token, above one is drawn from
+      softmax(logits / temperature).
+    seed_R2: two uint32 words; the n-th draw of a row follows from them and n alone.
     """
 
-    tokens_BG: Int[Array, "B G"]
-    lengths_B: Int[Array, " B"]
-    finished_B: Bool[Array, " B"]
+    temperature_R: Any
+    seed_R2: Any
 
 
 @struct.dataclass
-class _Loop:
-    step: Int[Array, ""]
-    token_B: Int[Array, " B"]  # chosen, not yet written to tokens_BG
-    tokens_BG: Int[Array, "B G"]
-    lengths_B: Int[Array, " B"]
-    finished_B: Bool[Array, " B"]
-    caches: tuple[tuple[Array, Array], ...]  # keys and values of each layer
+class Slots:
+    """Rows that are decoded together.
+
+    step_1: decoding steps taken, the same for all rows.
+    start_R: step at which the row was filled.
+    prompt_R: decoder positions of its prompt, audio included.
+    token_R: its newest token, not yet fed to the decoder.
+    length_R: tokens it has, the newest included; the end token is not kept.
+    budget_R: most tokens it may have, at most G.
+    running_R: it goes on. A row that never was filled does not run.
+    finished_R: it ended by itself. False once it stands still: its budget ran out.
+    tokens_RG, logprobs_RG: what it wrote, and the log-probability of each token under the
+      distribution that it was chosen from (temperature 1 where the best is taken); 0 behind.
+    caches: keys and values of each layer.
+    """
+
+    step_1: Int[Array, "1"]
+    start_R: Int[Array, " R"]
+    prompt_R: Int[Array, " R"]
+    token_R: Int[Array, " R"]
+    length_R: Int[Array, " R"]
+    budget_R: Int[Array, " R"]
+    running_R: Bool[Array, " R"]
+    finished_R: Bool[Array, " R"]
+    tokens_RG: Int[Array, "R G"]
+    logprobs_RG: Float[Array, "R G"]
+    choice: Choice
+    caches: tuple[tuple[Array, Array], ...]
 
 
-@struct.dataclass
-class Clips:
-    """Clips and their prompts, all rows right-padded; see `asr.Inputs` for the text fields."""
-
-    wave_BS: Array
-    samples_B: Int[Array, " B"]
-    text_BX: Int[Array, "B X"]
-    text_lengths_B: Int[Array, " B"]
-    audio_at_B: Int[Array, " B"]
-
-
-@partial(jax.jit, static_argnames=("config", "compute", "end_ids", "max_new_tokens"))
-def generate_from_wave(
-    params: Params,
-    clips: Clips,
-    budget_B: Int[Array, " B"],
-    *,
-    config: ModelConfig,
-    compute: Compute,
-    end_ids: tuple[int, ...],
-    max_new_tokens: int,
-) -> Generated:
-    """Features, prefill and decoding as one program; arguments as in `generate`."""
-    with jax.named_scope("features"):
-        mel_BTM, frames_B = log_mel(
-            clips.wave_BS, clips.samples_B, mel_bins=config.encoder.mel_bins
-        )
-    inputs = Inputs(
-        mel_BTM, frames_B, clips.text_BX, clips.text_lengths_B, audio_at_B=clips.audio_at_B
+def empty_slots(
+    config: DecoderConfig, rows: int, prompt: int, budget: int, dtype: DTypeLike
+) -> Slots:
+    """R = `rows` slots for prompts of up to P = `prompt` positions and G = `budget` new tokens."""
+    shape = (rows, prompt + budget, config.kv_heads, config.head_dim)
+    zeros_R = jnp.zeros(rows, jnp.int32)
+    return Slots(
+        step_1=jnp.zeros(1, jnp.int32),
+        start_R=zeros_R,
+        prompt_R=zeros_R,
+        token_R=zeros_R,
+        length_R=zeros_R,
+        budget_R=zeros_R,
+        running_R=zeros_R > 0,
+        finished_R=zeros_R > 0,
+        tokens_RG=jnp.zeros((rows, budget), jnp.int32),
+        logprobs_RG=jnp.zeros((rows, budget), jnp.float32),
+        choice=greedy(rows),
+        caches=tuple(
+            (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)
+        ),
     )
-    asr = bind(params, config, compute)
-    return generate(asr, inputs, budget_B, end_ids=end_ids, max_new_tokens=max_new_tokens)
+
+
+def greedy(rows: int) -> Choice:
+    """The best token, always."""
+    return Choice(jnp.zeros(rows, jnp.float32), jnp.zeros((rows, 2), jnp.uint32))
+
+
+def fill(
+    asr: Asr,
+    slots: Slots,
+    inputs: Inputs,
+    row_M: Int[Array, " M"],
+    budget_M: Int[Array, " M"],
+    choice: Choice,
+    *,
+    end_ids: tuple[int, ...],
+    sample: bool,
+) -> Slots:
+    """Puts M prompts into slots, with their first token; the other rows stay as they are.
+
+    Args:
+      inputs: prompts only, at most P decoder positions when padded.
+      row_M: slots to fill, all different; one that is R or more fills none.
+      budget_M: most tokens of each; 0 leaves a row empty and standing.
+      end_ids: tokens that end a row.
+      sample: whether `choice` may ask for draws; False leaves them out of the program.
+    """
+    x_MLD, prompt_M = asr.embed(inputs)
+    with jax.named_scope("prefill"):
+        x_MLD, kept = asr.decoder(x_MLD, prompt_M, keep_kv=True)
+        last_M1D = jnp.take_along_axis(x_MLD, (prompt_M - 1)[:, None, None], axis=1)
+        zeros_M = jnp.zeros_like(prompt_M)
+        token_M, logprob_M = _choose(asr, last_M1D, choice, zeros_M, sample)
+    assert kept is not None
+    ends_M = jnp.isin(token_M, jnp.asarray(end_ids, jnp.int32))
+    some_M = budget_M > 0
+    kept_M = some_M & ~ends_M
+    first_G = jnp.arange(slots.tokens_RG.shape[1]) == 0
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[row_M].set(new.astype(old.dtype), mode="drop", unique_indices=True)
+
+    def put_prompt(old: Array, new: Array) -> Array:
+        return old.at[row_M, : new.shape[1]].set(new, mode="drop", unique_indices=True)
+
+    new = Slots(
+        step_1=slots.step_1,
+        start_R=jnp.broadcast_to(slots.step_1, row_M.shape),
+        prompt_R=prompt_M,
+        token_R=token_M,
+        length_R=kept_M.astype(jnp.int32),
+        budget_R=budget_M,
+        running_R=kept_M & (budget_M > 1),
+        finished_R=some_M & ends_M,
+        tokens_RG=jnp.where(first_G & kept_M[:, None], token_M[:, None], 0),
+        logprobs_RG=jnp.where(first_G & kept_M[:, None], logprob_M[:, None], 0.0),
+        choice=choice,
+        caches=(),
+    )
+    filled = jax.tree.map(put, replace(slots, caches=()), new)
+    with jax.named_scope("keep_prompts"):
+        caches = tuple(
+            (put_prompt(keys, k), put_prompt(values, v))
+            for (keys, values), k, v in zip(slots.caches, *kept, strict=True)
+        )
+    return replace(filled, step_1=slots.step_1, caches=caches)
+
+
+def decode(
+    asr: Asr, slots: Slots, leave: Int[Array, ""], *, end_ids: tuple[int, ...], sample: bool
+) -> Slots:
+    """Decodes until no more than `leave` rows run; those that stand still are left alone."""
+    layers = asr.decoder.unstacked()
+    budget = slots.tokens_RG.shape[1]
+    prompt = slots.caches[0][0].shape[1] - budget
+
+    def body(slots: Slots) -> Slots:
+        ring = slots.step_1[0] % budget
+        valid_RS = _valid_slots(slots, prompt, budget)
+        hidden_R1D, caches = _decode_one(
+            asr,
+            layers,
+            slots.token_R,
+            slots.prompt_R + slots.length_R - 1,
+            prompt + ring,
+            valid_RS,
+            slots.caches,
+        )
+        token_R, logprob_R = _choose(asr, hidden_R1D, slots.choice, slots.length_R, sample)
+        ends_R = jnp.isin(token_R, jnp.asarray(end_ids, jnp.int32))
+        kept_R = slots.running_R & ~ends_R
+        newest_RG = (jnp.arange(budget) == slots.length_R[:, None]) & kept_R[:, None]
+        length_R = slots.length_R + kept_R
+        return replace(
+            slots,
+            step_1=slots.step_1 + 1,
+            token_R=jnp.where(kept_R, token_R, slots.token_R),
+            length_R=length_R,
+            running_R=kept_R & (length_R < slots.budget_R),
+            finished_R=slots.finished_R | (slots.running_R & ends_R),
+            tokens_RG=jnp.where(newest_RG, token_R[:, None], slots.tokens_RG),
+            logprobs_RG=jnp.where(newest_RG, logprob_R[:, None], slots.logprobs_RG),
+            caches=caches,
+        )
+
+    with jax.named_scope("decode"):
+        return jax.lax.while_loop(lambda slots: jnp.sum(slots.running_R) > leave, body, slots)
 
 
 def generate(
@@ -85,59 +209,56 @@ def generate(
     *,
     end_ids: tuple[int, ...],
     max_new_tokens: int,
-) -> Generated:
-    """Greedy continuation of each row's prompt; a row's result never depends on its neighbours.
+    choice: Choice | None = None,
+) -> Slots:
+    """Continuations of B prompts at once; a row's result never depends on its neighbours.
 
     Args:
       inputs: `text_BX` holds prompts only.
       budget_B: tokens each row may take, capped at `max_new_tokens`; 0 leaves a row empty.
       end_ids: tokens that end a row.
-      max_new_tokens: G, the length of the output and of the cache's second part; at least 1.
+      max_new_tokens: G, the length of the output and of the cache's ring; at least 1.
+      choice: None takes the best token.
     """
-    budget_B = jnp.minimum(budget_B, max_new_tokens)
-    x_BLD, prompt_B = asr.embed(inputs)
-    with jax.named_scope("prefill"):
-        x_BLD, kept = asr.decoder(x_BLD, prompt_B, keep_kv=True)
-        last_B1D = jnp.take_along_axis(x_BLD, (prompt_B - 1)[:, None, None], axis=1)
-        token_B = _best(asr, last_B1D)
-    assert kept is not None
-    room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
-    start = _Loop(
-        step=jnp.zeros((), jnp.int32),
-        token_B=token_B,
-        tokens_BG=jnp.zeros((len(budget_B), max_new_tokens), jnp.int32),
-        lengths_B=jnp.zeros_like(budget_B),
-        finished_B=jnp.zeros(budget_B.shape, bool),
-        caches=tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in zip(*kept, strict=True)),
+    rows, text = inputs.text_BX.shape
+    prompt = text + CHUNK_TOKENS * -(-inputs.mel_BTM.shape[1] // CHUNK_FRAMES)
+    dtype = asr.decoder.compute.dtype
+    slots = empty_slots(asr.decoder.config, rows, prompt, max_new_tokens, dtype)
+    sample = choice is not None
+    slots = fill(
+        asr,
+        slots,
+        inputs,
+        jnp.arange(rows),
+        jnp.minimum(budget_B, max_new_tokens),
+        choice or greedy(rows),
+        end_ids=end_ids,
+        sample=sample,
     )
-    layers = _layers(asr)
-    slots = x_BLD.shape[1] + max_new_tokens
+    return decode(asr, slots, jnp.zeros((), jnp.int32), end_ids=end_ids, sample=sample)
 
-    def running(loop: _Loop) -> Array:
-        return ~loop.finished_B & (loop.step < budget_B)
 
-    def body(loop: _Loop) -> _Loop:
-        ends_B = jnp.isin(loop.token_B, jnp.asarray(end_ids))
-        kept_B = running(loop) & ~ends_B
-        finished_B = loop.finished_B | (running(loop) & ends_B)
-        tokens_BG = loop.tokens_BG.at[:, loop.step].set(jnp.where(kept_B, loop.token_B, 0))
-        slot = x_BLD.shape[1] + loop.step
-        valid_BS = _valid_slots(slots, prompt_B, x_BLD.shape[1], slot)
-        hidden_B1D, caches = _decode_one(
-            asr, layers, loop.token_B, prompt_B + loop.step, slot, valid_BS, loop.caches
-        )
-        return _Loop(
-            step=loop.step + 1,
-            token_B=_best(asr, hidden_B1D),
-            tokens_BG=tokens_BG,
-            lengths_B=loop.lengths_B + kept_B,
-            finished_B=finished_B,
-            caches=caches,
-        )
+def _choose(
+    asr: Asr, hidden_R1D: Array, choice: Choice, n_R: Array, sample: bool
+) -> tuple[Int[Array, " R"], Float[Array, " R"]]:
+    """The next token of each row and its log-probability; `n_R` numbers the draw."""
+    logits_RV = asr.decoder.logits(hidden_R1D[:, 0])
+    if sample:
+        drawn_R = choice.temperature_R > 0
+        logits_RV = logits_RV / jnp.where(drawn_R, choice.temperature_R, 1.0)[:, None]
+        noise_RV = jax.vmap(partial(_gumbel, size=logits_RV.shape[1]))(choice.seed_R2, n_R)
+        scores_RV = logits_RV + jnp.where(drawn_R[:, None], noise_RV, 0.0)
+    else:
+        scores_RV = logits_RV
+    token_R = jnp.argmax(scores_RV, axis=-1).astype(jnp.int32)
+    chosen_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=-1)[:, 0]
+    return token_R, chosen_R - jax.nn.logsumexp(logits_RV, axis=-1)
 
-    with jax.named_scope("decode"):
-        end = jax.lax.while_loop(lambda loop: jnp.any(running(loop)), body, start)
-    return Generated(end.tokens_BG, end.lengths_B, end.finished_B)
+
+def _gumbel(seed_2: Array, n: Array, *, size: int) -> Float[Array, " V"]:
+    """Gumbel noise of a row's n-th draw: the largest of scores + noise is a sample of them."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), n)
+    return jax.random.gumbel(key, (size,), jnp.float32)
 
 
 def _decode_one(
@@ -165,21 +286,13 @@ def _decode_one(
     return asr.decoder.norm(x_B1D), tuple(updated)
 
 
-def _valid_slots(slots: int, prompt_B: Array, prompt_slots: int, newest: Array) -> Array:
-    """Slots a row may attend to: its own prompt, and every new token up to the newest."""
-    slot_S = jnp.arange(slots)
-    return (slot_S < prompt_B[:, None]) | ((slot_S >= prompt_slots) & (slot_S <= newest))
+def _valid_slots(slots: Slots, prompt: int, budget: int) -> Bool[Array, "R S"]:
+    """Slots a row may attend to: its prompt, and what the ring took in since it was filled.
 
-
-def _layers(asr: Asr) -> list[Any]:
-    """Each decoder layer alone, its products' weights cast once, outside the decoding loop."""
-    dtype = asr.decoder.compute.dtype
-    return [
-        jax.tree.map(lambda w, n=n: w[n].astype(dtype) if w.ndim > 2 else w[n], stack)
-        for stack in asr.decoder.segments()
-        for n in range(jax.tree.leaves(stack)[0].shape[0])
-    ]
-
-
-def _best(asr: Asr, hidden_B1D: Array) -> Int[Array, " B"]:
-    return jnp.argmax(asr.decoder.logits(hidden_B1D[:, 0]), axis=-1).astype(jnp.int32)
+    The ring's newest place has age 0. A row is fed at most G - 1 tokens, so none of its own is
+    overwritten.
+    """
+    slot_S = jnp.arange(prompt + budget)
+    age_S = (slots.step_1 - (slot_S - prompt)) % budget
+    own_RS = age_S <= (slots.step_1 - slots.start_R)[:, None]
+    return jnp.where(slot_S < prompt, slot_S < slots.prompt_R[:, None], own_RS)

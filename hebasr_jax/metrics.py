@@ -14,6 +14,10 @@ import jiwer
 import numpy as np
 from jaxtyping import Int
 
+from hebasr_jax.output_style import to_reference_style
+
+NORMALIZER = "ivrit-1"  # what `normalize_ivrit` does; another rule has another name
+
 _FORMAT_MARKS = "\u061c\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff"
 _POINTS = "\u05b0-\u05bc\u05c1\u05c2\u05c4\u05c5\u05c7"  # no meteg, rafe, maqaf, cantillation
 _DELETED = re.compile(f"[{_FORMAT_MARKS}{_POINTS}\"']")
@@ -38,6 +42,43 @@ def normalize_ivrit(text: str) -> str:
     text = unicodedata.normalize("NFKC", text)
     text = "".join(" " if unicodedata.category(c)[0] in "MSP" else c for c in text)
     return " ".join(text.lower().split())
+
+
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+_GLUED = re.compile(r"(?<!\w)([ושהבלכמ]{1,3})[-\u05be\u2010-\u2013](?=[0-9A-Za-z])")
+_DOUBLETS = dict(
+    re.findall(
+        r"(\w+)=(\w+)",
+        """
+היתה=הייתה אמא=אימא תכנית=תוכנית תכניות=תוכניות צהריים=צוהריים אמנם=אומנם קרבנות=קורבנות
+עתון=עיתון עתונים=עיתונים עתונות=עיתונות עתונאי=עיתונאי נסיון=ניסיון נסיונות=ניסיונות
+נסיוני=ניסיוני זכרונות=זיכרונות כשרון=כישרון כשרונות=כישרונות רשיון=רישיון רשיונות=רישיונות
+שעור=שיעור בקור=ביקור תקון=תיקון בטול=ביטול חפוש=חיפוש שפור=שיפור קבוץ=קיבוץ איזור=אזור
+דוגמא=דוגמה קופסא=קופסה טבלא=טבלה נוסחא=נוסחה סדנא=סדנה סיסמא=סיסמה גרסא=גרסה גירסה=גרסה
+גירסא=גרסה מליון=מיליון מליונים=מיליונים מליארד=מיליארד מאד=מאוד עכשו=עכשיו דוקא=דווקא
+בודאי=בוודאי בועדה=בוועדה לועדה=לוועדה שויון=שוויון טלויזיה=טלוויזיה מוסיקה=מוזיקה
+פיסיקה=פיזיקה שנתים=שנתיים שעתים=שעתיים עינים=עיניים ירושליים=ירושלים אניה=אונייה
+בנינים=בניינים ענינים=עניינים מענין=מעניין מעונין=מעוניין מעונינת=מעוניינת
+מעונינים=מעוניינים מסויים=מסוים מסויימת=מסוימת מסויימים=מסוימים מצויין=מצוין
+מצויינת=מצוינת מצויינים=מצוינים מחוייב=מחויב מחוייבת=מחויבת מחוייבים=מחויבים אלהים=אלוהים
+""",
+    )
+)
+_DOUBLET = re.compile(rf"(?<!\w)([ושהבלכמ]{{0,3}})({'|'.join(_DOUBLETS)})(?!\w)")
+
+
+def normalize_tolerant(text: str) -> str:
+    """`normalize_ivrit` that also forgives what two careful writers of Hebrew may do differently.
+
+    1. `to_reference_style`, here on both sides: marks and the encodings of gershayim and geresh.
+    2. `1,000` is `1000`. 3. A prefix is glued to a number or to Latin letters: `ב-5` is `ב5`.
+    4. Spellings of one word, full and defective, of a closed list, with up to three prefix
+    letters. No general rule of doubled vav and yod or of vowel letters: it would merge רווח with
+    רוח and שניים with שנים. A second score beside the headline, never instead of it.
+    """
+    text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), to_reference_style(text))
+    text = normalize_ivrit(_GLUED.sub(r"\1", text))
+    return _DOUBLET.sub(lambda found: found[1] + _DOUBLETS[found[2]], text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +108,18 @@ class ErrorCounts:
         """
         length = int(self.length_N.sum())
         return int(self.errors_N.sum()) / length if length else float("nan")
+
+    @property
+    def information_lost(self) -> float:
+        """WIL, 1 - H/N * H/P over N reference and P hypothesis words (Morris et al., 2004).
+
+        As jiwer: 1 where one side alone has words, 0 where neither has.
+        """
+        hits, length = int(self.hits_N.sum()), int(self.length_N.sum())
+        written = hits + int(self.substitutions_N.sum() + self.insertions_N.sum())
+        if not length or not written:
+            return float(length != written)
+        return 1 - (hits / length) * (hits / written)
 
 
 Operation = Literal["equal", "substitute", "delete", "insert"]
@@ -126,18 +179,8 @@ def bootstrap_interval(
     group_N = _group_numbers(groups_N, len(errors_N))
     errors_G = np.bincount(group_N, weights=errors_N)  # ValueError when the rows do not match
     words_G = np.bincount(group_N, weights=words_N)
-    if np.count_nonzero(words_G) < 2:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    rates = []
-    for _ in range(resamples):
-        drawn_G = rng.integers(len(words_G), size=len(words_G))
-        if words := words_G[drawn_G].sum():
-            rates.append(errors_G[drawn_G].sum() / words)
-    if not rates:
-        return float("nan"), float("nan")
-    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    errors_R, words_R = _draws(np.stack([errors_G, words_G]), resamples, seed)
+    return _quantiles(errors_R / words_R, level)
 
 
 def paired_interval(
@@ -165,18 +208,11 @@ def paired_interval(
         float(e / words_G.sum()) if words_G.any() else float("nan") for e in errors_2G.sum(1)
     )
     found = {"wer": wer, "difference": wer - other}
-    if np.count_nonzero(words_G) < 2:
-        return found | {"ci95": [float("nan")] * 2, "p_worse": float("nan")}
-    rng = np.random.default_rng(seed)
-    differences = []
-    for _ in range(resamples):
-        drawn_G = rng.integers(len(words_G), size=len(words_G))
-        if words := words_G[drawn_G].sum():
-            first, second = errors_2G[:, drawn_G].sum(1)
-            differences.append((first - second) / words)
-    drawn = np.array(differences or [float("nan")])
-    ci95 = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).tolist()
-    return found | {"ci95": ci95, "p_worse": float(np.mean((drawn > 0) + 0.5 * (drawn == 0)))}
+    first_R, second_R, words_R = _draws(np.stack([*errors_2G, words_G]), resamples, seed)
+    drawn_R = (first_R - second_R) / words_R
+    worse = (drawn_R > 0) + 0.5 * (drawn_R == 0)
+    p_worse = float(worse.mean()) if len(worse) else float("nan")
+    return found | {"ci95": list(_quantiles(drawn_R, level)), "p_worse": p_worse}
 
 
 def score(
@@ -187,23 +223,29 @@ def score(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything that is told of one dev set's texts, each side normalised here.
+    """Everything that is told of one set's texts, each side normalised here.
 
-    wer, cer and their 95 % intervals, word error counts, reference words, clips, and how many
-    hypotheses are empty though the reference is not.
+    wer, cer and their 95 % intervals, wil, word error counts, reference words, clips, how many
+    hypotheses are empty though the reference is not, and the normaliser's name. tolerant_wer and
+    its interval are of `normalize_tolerant`, every other figure of `normalize_ivrit`.
     """
-    ours = [normalize_ivrit(text) for text in references]
-    theirs = [normalize_ivrit(text) for text in hypotheses]
+    ours, theirs = ([normalize_ivrit(text) for text in side] for side in (references, hypotheses))
     words, characters = word_errors(ours, theirs), character_errors(ours, theirs)
-    intervals = [
+    tolerant = word_errors(
+        *([normalize_tolerant(text) for text in side] for side in (references, hypotheses))
+    )
+    ci95, cer_ci95, tolerant_ci95 = (
         bootstrap_interval(c.errors_N, c.length_N, groups, resamples=resamples, seed=seed)
-        for c in (words, characters)
-    ]
+        for c in (words, characters, tolerant)
+    )
     return {
         "wer": words.rate,
-        "ci95": intervals[0],
+        "ci95": ci95,
         "cer": characters.rate,
-        "cer_ci95": intervals[1],
+        "cer_ci95": cer_ci95,
+        "wil": words.information_lost,
+        "tolerant_wer": tolerant.rate,
+        "tolerant_ci95": tolerant_ci95,
         "hits": int(words.hits_N.sum()),
         "substitutions": int(words.substitutions_N.sum()),
         "deletions": int(words.deletions_N.sum()),
@@ -211,6 +253,7 @@ def score(
         "words": int(words.length_N.sum()),
         "clips": len(ours),
         "empty": sum(not b and bool(a) for a, b in zip(ours, theirs, strict=True)),
+        "normalizer": NORMALIZER,
     }
 
 
@@ -219,6 +262,32 @@ def _group_numbers(groups_N: Sequence[str] | None, rows: int) -> np.ndarray:
     number: dict[str | int, int] = {}
     names = groups_N if groups_N is not None else [""] * rows
     return np.array([number.setdefault(n or i, len(number)) for i, n in enumerate(names)], int)
+
+
+def _draws(totals_KG: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums [K, R] over groups drawn with replacement; the last row, of words, is never 0.
+
+    R is less than `resamples` by the draws without words, and 0 when not two groups have any.
+    """
+    groups = totals_KG.shape[1]
+    if np.count_nonzero(totals_KG[-1]) < 2:
+        return np.zeros((len(totals_KG), 0))
+    rng, most = np.random.default_rng(seed), max(1, 2**21 // groups)  # bounds the memory
+    sums_KR = np.concatenate(
+        [
+            totals_KG[:, rng.integers(groups, size=(min(most, resamples - start), groups))].sum(-1)
+            for start in range(0, resamples, most)
+        ],
+        axis=1,
+    )
+    return sums_KR[:, sums_KR[-1] > 0]
+
+
+def _quantiles(drawn_R: np.ndarray, level: float) -> tuple[float, float]:
+    if not len(drawn_R):
+        return float("nan"), float("nan")
+    low, high = np.quantile(drawn_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _counts(

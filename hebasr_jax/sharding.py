@@ -42,6 +42,11 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return Mesh(np.asarray(there[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def local_mesh() -> Mesh:
+    """A mesh of this process's devices, for work that no other process shares."""
+    return Mesh(np.asarray(jax.local_devices()), (AXIS,), axis_types=(AxisType.Auto,))
+
+
 def rows(mesh: Mesh) -> NamedSharding:
     """Of a batch: rows over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))

@@ -274,16 +274,18 @@ def next_item(run: Run, trainee: Trainee, items: Iterator[Item]) -> Item:
 
 
 def one_step(run: Run, trainee: Trainee, item: Item) -> None:
-    """Dispatches a step, then reads and tells the metrics of the one before it."""
+    """Waits for the step before and tells its metrics, then dispatches this one.
+
+    Two steps in flight crash on a GPU: programs with cuDNN attention are not safe to launch while
+    another runs (docs/performance.md). The device waits for the dispatch alone.
+    """
     setup, part = run.setup, run.part(trainee)
     bucket = part.feed.buckets[item.bucket]
     placed: Any = item.data
     trainee.window.waited_s += item.waited_s
-    if jax.default_backend() == "cpu":  # it computes while it dispatches: time of this step
-        tell_pending(run, trainee)
+    tell_pending(run, trainee)
     program = run.programs[part.stage.name, bucket]
     state, metrics = program(trainee.state, placed.device, setup.noise_NS)
-    tell_pending(run, trainee)
     work = work_of(placed.host, bucket.audio_s, setup.model)
     trainee.pending = metrics, work, item
     trainee.state, trainee.step = state, trainee.step + 1

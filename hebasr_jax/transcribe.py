@@ -1,17 +1,18 @@
-"""Clips to transcripts: load a model once, batch clips by length, decode, parse."""
+"""Clips to transcripts: load a model once, decode all clips in slots, parse what was written."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.config import (
-    CHUNK_TOKENS,
     Layout,
     ModelConfig,
     layout_of,
@@ -20,14 +21,14 @@ from hebasr_jax.config import (
 )
 from hebasr_jax.errors import UserError
 from hebasr_jax.features import HOP, frame_count
-from hebasr_jax.generate import Clips, Generated, generate_from_wave
 from hebasr_jax.hub import ModelFolder, find_model
 from hebasr_jax.model.asr import Params
 from hebasr_jax.model.attention import Kernel, pick_kernel
 from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.model.layers import Compute
+from hebasr_jax.sharding import local_mesh, replicated
+from hebasr_jax.slots import Decoded, Utterance, decode_all
 from hebasr_jax.text import (
-    Prompt,
     PromptStyle,
     TextTokenizer,
     Transcript,
@@ -41,17 +42,24 @@ from hebasr_jax.weights import load_params
 MAX_CLIP_S = 1200.0  # what qwen-asr gives the model in one piece; longer audio must be cut
 _TOKENS_PER_S = 8  # Hebrew runs at 3 to 6 tokens a second (hebrew-asr.md, 6.1)
 _TOKENS_SPARE = 16
+_BATCH_AUDIO_S = (240.0, 4096.0)  # on a CPU, on a GPU
+_LONGEST_LOOP = 32
+RETRY_TEMPERATURES = (0.3, 0.6)
 
 
 @dataclass(frozen=True)
 class Recognizer:
-    """A loaded model with its tokenizer and the way it computes."""
+    """A loaded model with its tokenizer and the way it computes.
+
+    mesh: this process's devices that decode; `params` are whole on each.
+    """
 
     params: Params
     config: ModelConfig
     tokenizer: TextTokenizer
     compute: Compute
     folder: ModelFolder
+    mesh: Mesh = field(default_factory=local_mesh)
 
     @property
     def description(self) -> str:
@@ -72,8 +80,8 @@ class Recognition:
     tokens: the generated ids without the end token.
     duration_s: of the audio, in seconds.
     finished: False if the token budget ran out first: text may be missing.
-    loops: how often its text went round in circles and it was decoded again.
-    logprob: mean log-probability of its tokens.
+    loops: 1 if the greedy text went round in circles and was decoded again.
+    logprob: mean log-probability of the tokens, in nats; 0 without tokens.
     """
 
     transcript: Transcript
@@ -105,8 +113,10 @@ def load_recognizer(
     except ValueError as error:
         raise UserError(str(error)) from None
     folder, config, layout, tokenizer = open_model(source, revision=revision)
-    params = load_weights(source, folder, config, layout, dtype=compute.dtype)
-    return Recognizer(params, config, tokenizer, compute, folder)
+    mesh = local_mesh()
+    place = partial(jax.device_put, device=replicated(mesh))
+    params = load_weights(source, folder, config, layout, dtype=compute.dtype, place=place)
+    return Recognizer(params, config, tokenizer, compute, folder, mesh)
 
 
 def open_model(
@@ -161,121 +171,114 @@ def transcribe(
     waves: Sequence[np.ndarray],
     *,
     style: PromptStyle | None = None,
-    context: str = "",
+    context: str | Sequence[str] = "",
     max_new_tokens: int | None = None,
-    batch_audio_s: float = 240.0,
+    batch_audio_s: float | None = None,
+    retries: int = len(RETRY_TEMPERATURES),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> list[Recognition]:
-    """Greedy transcripts of clips, each as if it were decoded alone.
+    """Transcripts of clips, each as if it were decoded alone: greedy, and drawn again on a loop.
 
     Args:
       waves: mono float32 or int16 samples at 16 kHz, at most MAX_CLIP_S each. Under 160 samples
         there is no mel frame: an empty transcript, without running the model.
       style: what the prompt gives (`text.PromptStyle`): language, time stamps.
-      context: text for the system turn.
+      context: text for the system turn, of all clips or one for each.
       max_new_tokens: budget of every clip; None is 8 a second plus 16.
-      batch_audio_s: seconds of padded audio decoded together; memory, not results, depends on it.
+      batch_audio_s: seconds of audio decoded together on each device; memory, not results,
+        depends on it. None is 240, and 4096 on a GPU.
+      retries: how often a text that goes round in circles (`goes_round`) is decoded again, at the
+        temperatures of RETRY_TEMPERATURES. When all do, the greedy one stays.
+      stopped: asked now and then; when it says so the result is an empty list.
 
     Raises:
       UserError: a clip longer than the model takes in one piece; a budget that it cannot have.
     """
     style = style or PromptStyle()
-    prompt = build_prompt(recognizer.tokenizer, style, context=context)
-    prompt_tokens = len(prompt.before) + len(prompt.after)
-    for wave in waves:
+    contexts = [context] * len(waves) if isinstance(context, str) else list(context)
+    made = {text: build_prompt(recognizer.tokenizer, style, context=text) for text in {*contexts}}
+    utterances = {}
+    for i, (wave, text) in enumerate(zip(waves, contexts, strict=True)):
         _check_wave(wave)
         budget = max_new_tokens if max_new_tokens is not None else token_budget(len(wave))
-        _check_positions(len(wave), prompt_tokens, budget, recognizer.config.decoder.max_positions)
-    found: dict[int, Recognition] = {}
-    for batch in _batches([len(wave) for wave in waves], batch_audio_s, max_new_tokens):
-        generated = _decode(recognizer, [waves[i] for i in batch], prompt, max_new_tokens)
-        tokens_BG, lengths_B = np.asarray(generated.tokens_BG), np.asarray(generated.lengths_B)
-        finished_B = np.asarray(generated.finished_B)
-        for row, i in enumerate(batch):
-            ids = tuple(tokens_BG[row, : lengths_B[row]].tolist())
-            seconds = len(waves[i]) / SAMPLE_RATE
-            transcript = parse_output(recognizer.tokenizer, style, ids, duration_s=seconds)
-            found[i] = Recognition(transcript, ids, seconds, bool(finished_B[row]))
-    nothing = parse_output(recognizer.tokenizer, style, ())
+        utterance = Utterance(wave, made[text], budget)
+        _check_positions(utterance, recognizer.config.decoder.max_positions)
+        if len(wave) >= HOP:
+            utterances[i] = utterance
+    decode = partial(_decode, recognizer, batch_audio_s=batch_audio_s, stopped=stopped)
+    decoded = decode(utterances)
+    circling = {i for i, row in decoded.items() if retries and goes_round(row.tokens)}
+    open_ = circling
+    for attempt, temperature in enumerate(RETRY_TEMPERATURES[:retries]):
+        again = {
+            i: replace(utterances[i], temperature=temperature, seed=attempt) for i in sorted(open_)
+        }
+        good = {i: row for i, row in decode(again).items() if not goes_round(row.tokens)}
+        decoded, open_ = decoded | good, open_ - good.keys()
+    if stopped():
+        return []
     return [
-        found.get(i, Recognition(nothing, (), len(wave) / SAMPLE_RATE, finished=True))
+        _recognition(recognizer, style, wave, decoded.get(i), int(i in circling))
         for i, wave in enumerate(waves)
     ]
 
 
 def _decode(
     recognizer: Recognizer,
-    waves: Sequence[np.ndarray],
-    prompt: Prompt,
-    max_new_tokens: int | None,
-) -> Generated:
-    """One padded batch through the program of its shape; rows and columns come in few sizes."""
-    rows = _next_power(len(waves))
-    samples = _bucket_s(max(map(len, waves)) / SAMPLE_RATE) * SAMPLE_RATE
-    text = prompt.before + prompt.after
-    columns = 32 * math.ceil(len(text) / 32)
-    wave_BS = np.zeros((rows, samples), np.float32)
-    samples_B = np.zeros(rows, np.int32)
-    budget_B = np.zeros(rows, np.int32)
-    for row, wave in enumerate(waves):
-        scale = np.float32(32768 if wave.dtype.kind == "i" else 1)
-        wave_BS[row, : len(wave)] = wave / scale
-        samples_B[row], budget_B[row] = len(wave), max_new_tokens or token_budget(len(wave))
-    text_BX = np.zeros((rows, columns), np.int32)
-    text_BX[:, : len(text)] = text
-    clips = Clips(
-        wave_BS=jnp.asarray(wave_BS),
-        samples_B=jnp.asarray(samples_B),
-        text_BX=jnp.asarray(text_BX),
-        text_lengths_B=jnp.full(rows, len(text)),
-        audio_at_B=jnp.full(rows, len(prompt.before)),
-    )
-    return generate_from_wave(
+    utterances: Mapping[int, Utterance],
+    *,
+    batch_audio_s: float | None,
+    stopped: Callable[[], bool],
+) -> dict[int, Decoded]:
+    """What each utterance gave; nothing when `stopped` says so."""
+    if not utterances:
+        return {}
+    platform = recognizer.mesh.devices.flat[0].platform
+    decoded = decode_all(
         recognizer.params,
-        clips,
-        jnp.asarray(budget_B),
+        list(utterances.values()),
         config=recognizer.config,
         compute=recognizer.compute,
+        mesh=recognizer.mesh,
         end_ids=recognizer.tokenizer.special.eos,
-        max_new_tokens=32 * math.ceil((max_new_tokens or token_budget(samples)) / 32),
+        batch_audio_s=batch_audio_s or _BATCH_AUDIO_S[platform == "gpu"],
+        stopped=stopped,
     )
+    return dict(zip(utterances, decoded, strict=True)) if decoded is not None else {}
 
 
-def _batches(
-    lengths: list[int], batch_audio_s: float, max_new_tokens: int | None = None
-) -> list[list[int]]:
-    """Indices of clips with at least one frame, in batches of like length.
+def _recognition(
+    recognizer: Recognizer,
+    style: PromptStyle,
+    wave: np.ndarray,
+    decoded: Decoded | None,
+    loops: int,
+) -> Recognition:
+    """None is a clip without a mel frame."""
+    seconds = len(wave) / SAMPLE_RATE
+    if decoded is None:
+        return Recognition(parse_output(recognizer.tokenizer, style, ()), (), seconds, True)
+    transcript = parse_output(recognizer.tokenizer, style, decoded.tokens, duration_s=seconds)
+    mean = float(decoded.logprobs_G.mean()) if decoded.tokens else 0.0
+    return Recognition(transcript, decoded.tokens, seconds, decoded.finished, loops, mean)
 
-    A new token takes the cache room of a token of audio, so that a budget beyond the usual 8 a
-    second counts as audio of its length.
+
+def goes_round(ids: Sequence[int]) -> bool:
+    """Whether some stretch of at most 32 tokens follows itself for 24 tokens and six times.
+
+    Speakers do say a word five times over; a decoder in a loop does not stop by itself.
     """
-    batches: list[list[int]] = []
-    bucket = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] < HOP:
-            continue
-        seconds = _bucket_s(lengths[i] / SAMPLE_RATE)
-        room = max(seconds, (max_new_tokens or 0) / CHUNK_TOKENS)
-        full = bool(batches) and _next_power(len(batches[-1]) + 1) * room > batch_audio_s
-        if not batches or full or seconds != bucket:
-            batches.append([])
-            bucket = seconds
-        batches[-1].append(i)
-    return batches
-
-
-def _bucket_s(seconds: float) -> int:
-    """The length in whole seconds that a clip is padded to: 1, 2, 3, 4, then steps of a quarter."""
-    whole = max(1, math.ceil(seconds))
-    step = 2 ** max(0, (whole - 1).bit_length() - 3)
-    return step * math.ceil(whole / step)
+    tokens_G = np.asarray(ids)
+    for period in range(1, 1 + min(_LONGEST_LOOP, len(tokens_G) // 6)):
+        same = np.concatenate([[False], tokens_G[period:] == tokens_G[:-period], [False]])
+        ends = np.flatnonzero(~same)
+        if np.diff(ends).max() - 1 >= max(5 * period, 24 - period):
+            return True
+    return False
 
 
 def token_budget(samples: int) -> int:
     return math.ceil(_TOKENS_PER_S * samples / SAMPLE_RATE) + _TOKENS_SPARE
-
-
-def _next_power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _check_wave(wave: np.ndarray) -> None:
@@ -298,9 +301,10 @@ def _check_wave(wave: np.ndarray) -> None:
         )
 
 
-def _check_positions(samples: int, prompt_tokens: int, budget: int, most: int) -> None:
+def _check_positions(utterance: Utterance, most: int) -> None:
     """Refuses a budget that is none, or that the model's positions cannot hold."""
-    audio = audio_tokens(frame_count(samples))
+    audio, budget = audio_tokens(frame_count(len(utterance.wave_S))), utterance.budget
+    prompt_tokens = len(utterance.prompt.before) + len(utterance.prompt.after)
     if budget < 1 or audio + prompt_tokens + budget > most:
         raise UserError(
             f"a budget of {budget} tokens cannot be had",

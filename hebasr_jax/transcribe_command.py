@@ -62,8 +62,8 @@ class Transcribe:
     """by default bfloat16 on a GPU, else float32"""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """attention kernel; one that cannot be had is an error"""
-    batch_audio_s: float = 240.0
-    """seconds of padded audio decoded together; raise it on a large GPU"""
+    batch_audio_s: float | None = None
+    """seconds of audio decoded together on each device; by default 240, and 4096 on a GPU"""
     revision: str | None = None
     """branch, tag or commit of a hub id"""
 
@@ -111,7 +111,9 @@ class Transcribe:
             value = getattr(self, flag)
             name = flag.replace("_", "-")
             _require(value is None or value > 0, f"--{name} must be at least 1")
-        _require(self.batch_audio_s > 0, "--batch-audio-s must be positive")
+        _require(
+            self.batch_audio_s is None or self.batch_audio_s > 0, "--batch-audio-s must be positive"
+        )
         _require(
             self.max_line_count is None or self.max_line_width is not None,
             "--max-line-count breaks nothing by itself",
@@ -132,21 +134,16 @@ class Transcribe:
         from hebasr_jax.transcribe import transcribe
 
         def decode(waves: "Sequence[np.ndarray]", before: Sequence[str]) -> "list[Recognition]":
-            contexts = [f"{self.context} {text}" for text in before]
-            found: dict[int, Recognition] = {}
-            for context in dict.fromkeys(contexts):  # transcribe() takes one context a call
-                rows = [row for row, text in enumerate(contexts) if text == context]
-                results = transcribe(
-                    recognizer,
-                    [waves[row] for row in rows],
-                    style=style,
-                    context=context,
-                    max_new_tokens=self.max_new_tokens,
-                    batch_audio_s=self.batch_audio_s,
-                )
-                found |= zip(rows, results, strict=True)
+            results = transcribe(
+                recognizer,
+                waves,
+                style=style,
+                context=[f"{self.context} {text}" for text in before],
+                max_new_tokens=self.max_new_tokens,
+                batch_audio_s=self.batch_audio_s,
+            )
             heard(sum(map(len, waves)) / SAMPLE_RATE)
-            return [found[row] for row in range(len(waves))]
+            return results
 
         return decode
 
@@ -161,7 +158,7 @@ class Transcribe:
                 f"{start_s:.1f} and {end_s:.1f} s: text may be missing; raise --max-new-tokens"
             )
         if result.loops:
-            _say(f"warning: {result.name}: {result.loops} pieces were decoded again for loops")
+            _say(f"warning: {result.name}: text went round in circles {result.loops} times")
         for kind in self.format:
             text = render(kind, result, Lines(self.max_line_width, self.max_line_count))
             if stem:

@@ -1,10 +1,9 @@
 """Loss, WER and CER on the dev sets during training: never augmented, always the plain mode.
 
-A dev set is cut into batches of few shapes once; each shape has one program that gives the loss
-of the reference text and a greedy hypothesis.
+A dev set is cut into batches of few shapes once, for the loss of the reference texts; the
+hypotheses come from `transcribe`, the same code that a user runs.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.config import ModelConfig
@@ -25,18 +22,18 @@ from hebasr_jax.data.pipeline import load_batch, make_feed
 from hebasr_jax.data.plan import Bucket
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.sources import open_sources
-from hebasr_jax.distributed import place_whole, to_host
+from hebasr_jax.distributed import from_all_hosts, local_copy, place_whole, to_host
 from hebasr_jax.features import HOP
-from hebasr_jax.generate import generate
+from hebasr_jax.hub import ModelFolder
 from hebasr_jax.loss import next_token_loss
 from hebasr_jax.metrics import score
 from hebasr_jax.model.asr import Params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.run_config import Augment, Config, Source
-from hebasr_jax.sharding import make_mesh, rows
-from hebasr_jax.text import PromptStyle, TextTokenizer, parse_output
+from hebasr_jax.sharding import local_mesh, make_mesh, rows
+from hebasr_jax.text import PromptStyle, TextTokenizer
 from hebasr_jax.train_step import prepare_inputs
-from hebasr_jax.transcribe import MAX_CLIP_S, Recognizer, token_budget
+from hebasr_jax.transcribe import MAX_CLIP_S, Recognizer, transcribe
 
 _SHAPES = 4  # at most, of each dev set: each is a program of its own
 
@@ -54,33 +51,15 @@ class DevSet:
     left_out: Mapping[str, int]
 
 
-@partial(jax.jit, static_argnames=("config", "compute", "audio_s", "end_ids", "max_new_tokens"))
-def score_batch(
-    params: Params,
-    batch: Batch,
-    budget_B: Int[Array, " B"],
-    *,
-    config: ModelConfig,
-    compute: Compute,
-    audio_s: int,
-    end_ids: tuple[int, ...],
-    max_new_tokens: int,
-) -> tuple[Array, Array, Array, Array]:
-    """Loss sum and count over the targets; greedy tokens and how many each row has."""
+@partial(jax.jit, static_argnames=("config", "compute", "audio_s"))
+def loss_of_batch(
+    params: Params, batch: Batch, *, config: ModelConfig, compute: Compute, audio_s: int
+) -> tuple[Array, Array]:
+    """Loss sum and count over the targets."""
     inputs = prepare_inputs(
         batch, None, augment=Augment(), audio_s=audio_s, mel_bins=config.encoder.mel_bins
     )
-    asr = bind(params, config, compute)
-    loss, count = next_token_loss(asr, inputs, batch.in_loss_BX)
-    prompt_B = batch.text_lengths_B - jnp.sum(batch.in_loss_BX, axis=1)
-    generated = generate(
-        asr,
-        replace(inputs, text_lengths_B=prompt_B),
-        budget_B,
-        end_ids=end_ids,
-        max_new_tokens=max_new_tokens,
-    )
-    return loss, count, generated.tokens_BG, generated.lengths_B
+    return next_token_loss(bind(params, config, compute), inputs, batch.in_loss_BX)
 
 
 def load_dev_sets(
@@ -171,19 +150,22 @@ def validate(
       params: whole tree, on every device of the mesh.
     """
     scores = {}
+    recognizer = _local_recognizer(params, model, tokenizer, config, compute)
     for dev in dev_sets:
         loss, count = 0.0, 0
-        texts: list[tuple[Clip, str]] = []
-        for bucket, batch, clips in dev.batches:
+        for bucket, batch, _ in dev.batches:
             if stopped():
                 return None
-            total, tokens, hypotheses = _score(
-                params, bucket, batch, model, tokenizer, config, compute, mesh
+            placed = jax.tree.map(lambda x: place_whole(x, rows(mesh)), batch)
+            found = loss_of_batch(
+                params, placed, config=model, compute=compute, audio_s=bucket.audio_s
             )
-            loss, count = loss + total, count + tokens
-            pairs = zip(clips, hypotheses, strict=True)
-            texts += [(clip, text) for clip, text in pairs if clip is not None]
-        texts.sort(key=lambda pair: pair[0].id)
+            total, tokens = to_host(found)
+            loss, count = loss + float(total), count + int(tokens)
+        heard = _hear(recognizer, dev, config, stopped)
+        if heard is None:
+            return None
+        texts = sorted(heard, key=lambda pair: pair[0].id)
         groups = _groups([clip for clip, _ in texts])
         scores[dev.name] = {
             "loss": loss / max(count, 1),
@@ -205,33 +187,46 @@ def validate(
     return scores
 
 
-def _score(
+def _local_recognizer(
     params: Params,
-    bucket: Bucket,
-    batch: Batch,
     model: ModelConfig,
     tokenizer: TextTokenizer,
     config: Config,
     compute: Compute,
-    mesh: Mesh,
-) -> tuple[float, int, list[str]]:
-    """One batch's loss sum, target tokens and hypotheses."""
-    budget_B = np.asarray([token_budget(int(n)) if n else 0 for n in batch.samples_B], np.int32)
-    placed = jax.tree.map(lambda x: place_whole(x, rows(mesh)), (batch, budget_B))
-    loss, count, tokens_BG, lengths_B = to_host(
-        score_batch(
-            params,
-            *placed,
-            config=model,
-            compute=compute,
-            audio_s=bucket.audio_s,
-            end_ids=tokenizer.special.eos,
-            max_new_tokens=32 * math.ceil(token_budget(bucket.audio_s * SAMPLE_RATE) / 32),
-        )
+) -> Recognizer:
+    """The weights on this process's devices: each process decodes its part of a set."""
+    mesh = local_mesh()
+    folder = ModelFolder(Path(config.model.path), config.model.path, None)
+    return Recognizer(local_copy(params, mesh), model, tokenizer, compute, folder, mesh)
+
+
+def _hear(
+    recognizer: Recognizer, dev: DevSet, config: Config, stopped: Callable[[], bool]
+) -> list[tuple[Clip, str]] | None:
+    """Each clip and its greedy text, as `transcribe` has it; None when stopped midway.
+
+    Nothing is decoded again here: an untrained model goes round in circles on every clip.
+    """
+    clips, waves = [], []
+    for _, batch, of_rows in dev.batches:
+        for row, clip in enumerate(of_rows):
+            if clip is not None:
+                clips.append(clip)
+                waves.append(batch.wave_BS[row, : batch.samples_B[row]])
+    hosts = jax.process_count()
+    texts = transcribe(
+        recognizer,
+        waves[jax.process_index() :: hosts],
+        style=PromptStyle(config.text.language, config.text.language_in_prompt),
+        batch_audio_s=config.validation.batch_audio_s,
+        retries=0,
+        # Hosts decode at their own pace; only a single one may stop between two of them.
+        stopped=stopped if hosts == 1 else lambda: False,
     )
-    style = PromptStyle(config.text.language, config.text.language_in_prompt)
-    ids = [row[:length].tolist() for row, length in zip(tokens_BG, lengths_B, strict=True)]
-    return float(loss), int(count), [parse_output(tokenizer, style, row).text for row in ids]
+    told = from_all_hosts([result.transcript.text for result in texts])
+    if sum(map(len, told)) < len(clips):
+        return None
+    return [(clip, told[n % hosts][n // hosts]) for n, clip in enumerate(clips)]
 
 
 def _groups(clips: Sequence[Clip]) -> list[str] | None:

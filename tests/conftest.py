@@ -1,6 +1,8 @@
 """Shared fixtures, and the rule that a test may skip only if tests/skips.txt says why."""
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,8 +23,15 @@ SHARED = Path(__file__).parents[2] / "shared"
 _ABSENT = {
     "gpu": jax.default_backend() != "gpu",
     "shared": not (SHARED / "qwen3-asr-1.7b").is_dir(),
+    "sctk": shutil.which("sctk") is None,
+    "kaldialign": importlib.util.find_spec("kaldialign") is None,
 }
-_REASONS = {"gpu": "no GPU", "shared": "no ../shared"}
+_REASONS = {
+    "gpu": "no GPU",
+    "shared": "no ../shared",
+    "sctk": "no sctk (a Debian package)",
+    "kaldialign": "no kaldialign (of PyPI)",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import load_ours, load_torch, make_inputs, noise, tiny_folder, torch_inputs
 
-from hebasr_jax.generate import Generated, generate
+from hebasr_jax.generate import Slots, generate
 from hebasr_jax.model.asr import bind
 from hebasr_jax.model.layers import Compute
 
@@ -30,15 +30,15 @@ def batch():
 
 
 @partial(jax.jit, static_argnames=("end_ids", "steps"))
-def _generate(params, inputs, budget_B, end_ids=(), steps=STEPS) -> Generated:
+def _generate(params, inputs, budget_B, end_ids=(), steps=STEPS) -> Slots:
     asr = bind(params, load_ours(tiny_folder())[1], Compute())
     return generate(asr, inputs, budget_B, end_ids=end_ids, max_new_tokens=steps)
 
 
-def _rows(out: Generated) -> list[list[int]]:
+def _rows(out: Slots) -> list[list[int]]:
     return [
         np.asarray(tokens[:n]).tolist()
-        for tokens, n in zip(out.tokens_BG, out.lengths_B, strict=True)
+        for tokens, n in zip(out.tokens_RG, out.length_R, strict=True)
     ]
 
 
@@ -50,7 +50,7 @@ def _full(count: int) -> jax.Array:
 def greedy(ours, batch) -> list[list[int]]:
     """The batch's free greedy continuations."""
     out = _generate(ours[0], batch, _full(4))
-    assert not np.any(out.finished_B)
+    assert not np.any(out.finished_R)
     return _rows(out)
 
 
@@ -122,9 +122,9 @@ def test_an_end_token_ends_its_row_only(ours, batch, greedy) -> None:
     )
     lengths = [stops.get(row, STEPS) for row in range(4)]
     assert _rows(out) == [free[:n] for free, n in zip(greedy, lengths, strict=True)]
-    assert out.finished_B.tolist() == [row in stops for row in range(4)]
+    assert out.finished_R.tolist() == [row in stops for row in range(4)]
     for row, n in enumerate(lengths):
-        assert not np.any(out.tokens_BG[row, n:])
+        assert not np.any(out.tokens_RG[row, n:])
 
 
 def test_an_end_beyond_the_budget_is_no_end(ours, batch, greedy) -> None:
@@ -133,7 +133,7 @@ def test_an_end_beyond_the_budget_is_no_end(ours, batch, greedy) -> None:
     budget = _full(4).at[row].set(stop)
     out = _generate(ours[0], batch, budget, end_ids=(greedy[row][stop],))
     assert _rows(out)[row] == greedy[row][:stop]
-    assert not out.finished_B[row]
+    assert not out.finished_R[row]
 
 
 def test_a_budget_beyond_the_output_is_capped(ours, batch, greedy) -> None:
@@ -146,7 +146,7 @@ def test_budgets_are_kept_row_by_row(ours, batch, greedy) -> None:
     budgets = [0, 1, 7, STEPS]
     out = _generate(ours[0], batch, jnp.asarray(budgets))
     assert _rows(out) == [free[:n] for free, n in zip(greedy, budgets, strict=True)]
-    assert not np.any(out.finished_B)
+    assert not np.any(out.finished_R)
 
 
 def test_an_end_token_within_the_budget_counts_as_finished(ours, batch, greedy) -> None:
@@ -156,4 +156,4 @@ def test_an_end_token_within_the_budget_counts_as_finished(ours, batch, greedy) 
     for budget, finished in ((first + 1, True), (first, False)):
         out = _generate(ours[0], batch, jnp.full(4, budget), end_ids=(end,))
         assert _rows(out)[2] == greedy[2][:first]
-        assert bool(out.finished_B[2]) == finished
+        assert bool(out.finished_R[2]) == finished

@@ -2,6 +2,7 @@
 against the binomial."""
 
 import math
+import random
 from itertools import product
 
 import jiwer
@@ -67,6 +68,39 @@ def test_every_character_of_hebrew_normalises_as_by_the_packages(official) -> No
     for letter in (chr(point) for block in blocks for point in block):
         for text in (letter, f"א{letter}ב", f"A{letter}"):
             assert normalize_ivrit(text) == official(text), ascii(text)
+
+
+# Every sign of the table of verified consequences, and what the normaliser names.
+SIGNS = [*"\"'״׳”“’‘´<>[](),.:/%₪|-–0123456789", *FORMAT_MARKS, "\u00ad", "''"]
+SIGNS += [chr(point) for point in (*range(0x591, 0x5C8), *range(0xFB1D, 0xFB50))]
+
+
+def test_the_normaliser_is_the_packages_on_twenty_thousand_strings(official) -> None:
+    draw, seen = random.Random(0), set()
+    parts = [*SIGNS, *"אבגדהוזחטיכךלמםנןסעףפצץקרשת" * 3, *"    ", "API", "Google", "İ", "½", "ﬃ"]
+    for _ in range(20_000):
+        drawn = draw.choices(parts, k=draw.randint(1, 24))
+        seen.update(drawn)
+        text = "".join(drawn)
+        assert normalize_ivrit(text) == official(text), ascii(text)
+    assert seen == set(parts)
+
+
+def test_the_scores_are_those_of_the_leaderboards_arithmetic(official) -> None:
+    """One call of jiwer over all rows; what is missing is an empty text and counts."""
+    draw = random.Random(1)
+    words = ['צה"ל', "צה״ל", "שָׁלוֹם", "ב-5", "כן,", "כן", "[רעש]", "…", "API", "1,000"]
+    for _ in range(150):
+        sides = [
+            [" ".join(draw.choices(words, k=draw.choice([0, 0, 1, 2, 3, 9]))) for _ in range(rows)]
+            for rows in [draw.randint(1, 9)] * 2
+        ]
+        ours = score(*sides, resamples=1, seed=0)
+        theirs = jiwer.process_words(*([official(text) for text in side] for side in sides))
+        assert [ours[name] for name in NAMES] == [getattr(theirs, name) for name in NAMES]
+        assert ours["wil"] == pytest.approx(theirs.wil, abs=1e-12)
+        if ours["words"]:
+            assert ours["wer"] == theirs.wer
 
 
 @settings(max_examples=400, deadline=None)
@@ -164,6 +198,13 @@ def test_a_rate_without_reference_words_is_no_number() -> None:
         assert math.isnan(score(references, hypotheses, resamples=9, seed=0)["wer"])
 
 
+def test_wil_without_words_is_jiwers() -> None:
+    for references, hypotheses in ((["", ""], ["", ""]), ([""], ["a b"]), (["a b"], [""])):
+        ours = score(references, hypotheses, resamples=1, seed=0)["wil"]
+        assert ours == jiwer.process_words(references, hypotheses).wil
+    assert score([], [], resamples=1, seed=0)["wil"] == 0
+
+
 def test_pairs_must_match() -> None:
     with pytest.raises(ValueError, match="1 references for 0"):
         word_errors(["a"], [])
@@ -202,6 +243,18 @@ def test_the_interval_is_that_of_all_draws_of_groups() -> None:
         )
         tails = [(1 - level) / 2, (1 + level) / 2]
         assert (low, high) == pytest.approx(np.quantile(rates, tails, method="inverted_cdf"))
+
+
+def test_the_draws_are_those_of_one_at_a_time() -> None:
+    """Draws are made in blocks that bound the memory: 700 of 3,500 groups are two blocks."""
+    rng = np.random.default_rng(0)
+    errors_N, words_N = rng.integers(0, 5, 3500), rng.integers(0, 9, 3500)
+    rng, rates = np.random.default_rng(7), []
+    for _ in range(700):
+        drawn = rng.integers(3500, size=3500)
+        rates.append(errors_N[drawn].sum() / words_N[drawn].sum())
+    ours = bootstrap_interval(errors_N, words_N, resamples=700, seed=7)
+    assert ours == tuple(np.quantile(rates, [0.025, 0.975]))
 
 
 def test_coverage_of_groups_that_share_their_errors() -> None:
@@ -251,6 +304,7 @@ def test_a_score_normalises_both_sides_and_names_everything() -> None:
     low, high = result.pop("ci95")
     assert 0.0 == low <= 0.25 <= high <= 1.0
     assert result.pop("cer_ci95")[1] <= 1.0
+    assert result.pop("tolerant_ci95") == (low, high)
     assert result == {
         "wer": 0.25,
         "cer": 2 / 14,
@@ -261,4 +315,7 @@ def test_a_score_normalises_both_sides_and_names_everything() -> None:
         "words": 4,
         "clips": 3,
         "empty": 1,
+        "wil": 0.25,
+        "tolerant_wer": 0.25,
+        "normalizer": "ivrit-1",
     }

@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -20,16 +19,14 @@ from reference import noise, tiny_folder
 from hebasr_jax import transcribe as module
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.errors import UserError
-from hebasr_jax.generate import Generated
+from hebasr_jax.slots import Decoded, Utterance, bucket_s, classes
 from hebasr_jax.text import PromptStyle, load_tokenizer, parse_output
 from hebasr_jax.timestamps import Segment, add_stamp_tokens
 from hebasr_jax.transcribe import (
     MAX_CLIP_S,
     Recognition,
     Recognizer,
-    _batches,
-    _bucket_s,
-    _next_power,
+    goes_round,
     load_recognizer,
     transcribe,
 )
@@ -75,7 +72,11 @@ def test_neighbours_order_and_batch_size_change_nothing(
 ) -> None:
     waves = [noise(LENGTHS[i], LENGTHS[i]) for i in order]
     results = transcribe(recognizer, waves, max_new_tokens=BUDGET, batch_audio_s=batch_audio_s)
-    assert results == [alone[i] for i in order]
+    assert [replace(r, logprob=0.0) for r in results] == [
+        replace(alone[i], logprob=0.0) for i in order
+    ]
+    logprobs = [r.logprob for r in results]
+    assert logprobs == pytest.approx([alone[i].logprob for i in order], abs=1e-5)
 
 
 def test_a_clip_without_a_frame_is_empty_and_finished(alone) -> None:
@@ -103,7 +104,7 @@ def test_int16_equals_float_also_in_one_batch(recognizer) -> None:
 
 
 def test_a_clip_over_the_limit_is_refused_before_any_is_decoded(recognizer, monkeypatch) -> None:
-    monkeypatch.setattr(module, "generate_from_wave", None)
+    monkeypatch.setattr(module, "decode_all", None)
     longest = np.zeros(int(MAX_CLIP_S * SAMPLE_RATE) + 1, np.int16)
     with pytest.raises(UserError, match="nothing is cut") as refused:
         transcribe(recognizer, [noise(16_000), longest])
@@ -183,18 +184,17 @@ def test_stamps_are_asked_of_the_model_that_has_them(recognizer, stamped, free) 
     assert transcribe(stamped, [noise(16_000)], style=STAMPED)[0].tokens != free.tokens
 
 
-def _answer(monkeypatch, ids: tuple[int, ...]) -> list[tuple[tuple[int, ...], int]]:
-    """Every clip gets these ids; returns the shapes of the programs asked for, as they come."""
-    asked = []
+def _answer(monkeypatch, *answers: tuple[int, ...]) -> list[list[Utterance]]:
+    """Every clip gets the ids of the call, those of the last call again and again; returns what
+    each call was given."""
+    asked: list[list[Utterance]] = []
 
-    def generate(params, clips, budget_B, *, max_new_tokens, **_) -> Generated:
-        assert max(budget_B) <= max_new_tokens
-        asked.append((clips.wave_BS.shape, max_new_tokens))
-        rows = len(budget_B)
-        tokens_BG = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (rows, len(ids)))
-        return Generated(tokens_BG, jnp.full(rows, len(ids)), jnp.ones(rows, bool))
+    def decode(params, utterances, **_) -> list[Decoded]:
+        ids = answers[min(len(asked), len(answers) - 1)]
+        asked.append(list(utterances))
+        return [Decoded(ids, np.full(len(ids), -0.5), True) for _ in utterances]
 
-    monkeypatch.setattr(module, "generate_from_wave", generate)
+    monkeypatch.setattr(module, "decode_all", decode)
     return asked
 
 
@@ -214,49 +214,65 @@ def test_stamps_become_segments_that_end_with_their_clip(stamped, monkeypatch) -
         assert result.transcript.segments[0].tokens == words
 
 
-def test_one_program_serves_a_whole_bucket(recognizer, monkeypatch) -> None:
-    """Lengths from just over 32 s to 40 s, at the default budget and at one of the user's."""
-    asked = _answer(monkeypatch, (65,))
-    waves = [np.zeros(int(s * SAMPLE_RATE), np.float32) for s in (32.001, 36.5, 40)]
-    for batch_audio_s in (40.0, 160.0):
-        transcribe(recognizer, waves, batch_audio_s=batch_audio_s)
-    assert asked == [((1, 640_000), 352)] * 3 + [((4, 640_000), 352)]
-    transcribe(recognizer, waves[:1], max_new_tokens=33)
-    assert asked[-1] == ((1, 640_000), 64)
+def test_a_text_in_circles_is_decoded_again_and_counted(recognizer, monkeypatch) -> None:
+    """At rising temperatures until one does not loop; if all do, the greedy text stays."""
+    loop, good = (65, 66) * 20, (65, 66, 67)
+    for answers, calls, tokens in (
+        ((loop, good), 2, good),
+        ((loop, loop, good), 3, good),
+        ((loop, loop, (67,) * 40), 3, loop),
+    ):
+        asked = _answer(monkeypatch, *answers)
+        (result,) = transcribe(recognizer, [noise(32_000)])
+        assert (result.tokens, result.loops) == (tokens, 1)
+        assert [u.temperature for (u,) in asked] == [0.0, *module.RETRY_TEMPERATURES][:calls]
+        assert len({u.seed for (u,) in asked[1:]}) == calls - 1
+    asked = _answer(monkeypatch, good)
+    assert transcribe(recognizer, [noise(32_000)])[0].loops == 0
+    assert len(asked) == 1
+    asked = _answer(monkeypatch, loop)
+    assert transcribe(recognizer, [noise(32_000)], retries=0)[0].loops == 0
+    assert len(asked) == 1
+
+
+def test_what_goes_round() -> None:
+    rng = np.random.default_rng(0)
+    assert not goes_round(())
+    assert not goes_round((7,) * 23)  # as often as a speaker may
+    assert goes_round((7,) * 24)
+    assert not goes_round((1, 2, 3, 4) * 5)
+    for period in (1, 2, 5, 32):
+        pattern = rng.permutation(1000)[:period].tolist()
+        times = max(6, 24 // period)
+        for around in ([], rng.permutation(1000)[:50].tolist()):
+            assert goes_round([*around, *pattern * times, *around])
+            assert not goes_round([*around, *pattern * (times - 1), *around])
+    assert not goes_round(rng.integers(0, 9, 300).tolist())
 
 
 @given(st.floats(0.01, MAX_CLIP_S))
 def test_a_bucket_holds_its_clip_with_little_padding(seconds) -> None:
-    bucket = _bucket_s(seconds)
+    bucket = bucket_s(seconds)
     assert seconds <= bucket <= 1.25 * seconds + 1
-    assert _bucket_s(float(bucket)) == bucket
-    assert _bucket_s(seconds / 2) <= bucket
+    assert bucket_s(float(bucket)) == bucket
+    assert bucket_s(seconds / 2) <= bucket
 
 
 def test_buckets_are_few() -> None:
-    buckets = {_bucket_s(float(seconds)) for seconds in range(1, int(MAX_CLIP_S) + 1)}
+    buckets = {bucket_s(float(seconds)) for seconds in range(1, int(MAX_CLIP_S) + 1)}
     assert sorted(buckets)[:10] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
     assert len(buckets) == 37
 
 
-@given(
-    st.lists(st.integers(0, 2_000) | st.integers(0, int(MAX_CLIP_S * SAMPLE_RATE)), max_size=60),
-    st.floats(0.5, 2000),
-)
-def test_each_clip_is_in_one_batch_that_fits(lengths, batch_audio_s) -> None:
-    batches = _batches(lengths, batch_audio_s)
-    held = sorted(i for batch in batches for i in batch)
-    assert held == [i for i, samples in enumerate(lengths) if samples >= 160]
-    for batch in batches:
-        buckets = {_bucket_s(lengths[i] / SAMPLE_RATE) for i in batch}
-        assert len(buckets) == 1
-        assert len(batch) == 1 or _next_power(len(batch)) * buckets.pop() <= batch_audio_s
-
-
-def test_batches_are_as_large_as_they_may_be() -> None:
-    assert [len(batch) for batch in _batches([16_000] * 20, 240.0)] == [20]
-    assert [len(batch) for batch in _batches([16_000] * 20, 9.0)] == [8, 8, 4]
-    assert _batches([16_000, 330_000] * 2, 240.0) == [[1, 3], [0, 2]]
+@given(st.lists(st.integers(160, int(MAX_CLIP_S * SAMPLE_RATE)), max_size=60))
+def test_each_clip_is_in_the_class_that_holds_it(lengths) -> None:
+    found = classes(lengths)
+    assert sorted(i for members in found.values() for i in members) == list(range(len(lengths)))
+    for seconds, members in found.items():
+        samples = [lengths[i] for i in members]
+        assert samples == sorted(samples, reverse=True)
+        assert max(samples) <= seconds * SAMPLE_RATE
+        assert seconds == 4 or min(samples) > seconds * SAMPLE_RATE / 2
 
 
 def test_no_output_goes_over_another_or_out_of_its_folder(monkeypatch, tmp_path) -> None:

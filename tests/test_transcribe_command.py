@@ -67,8 +67,7 @@ def test_a_long_file_in_every_format(hebasr, long, tmp_path) -> None:
 
 def answer(recognizer, waves, *, context, style, max_new_tokens, **_) -> list[Recognition]:
     """In the model's place: how long each piece is, and what it is told before it."""
-    contexts = [context] * len(waves) if isinstance(context, str) else context
-    texts = [f"{len(w) / RATE:.1f} ({c.strip()})" for w, c in zip(waves, contexts, strict=True)]
+    texts = [f"{len(w) / RATE:.1f} ({c.strip()})" for w, c in zip(waves, context, strict=True)]
     return [
         Recognition(Transcript(style.language, text), (), len(wave) / RATE, True)
         for wave, text in zip(waves, texts, strict=True)

@@ -22,7 +22,7 @@ from hebasr_jax.optim import join
 from hebasr_jax.run_config import Augment, Source
 from hebasr_jax.run_setup import compile_steps, load_state, set_up
 from hebasr_jax.sharding import rows
-from hebasr_jax.text import PromptStyle
+from hebasr_jax.text import PromptStyle, Transcript
 from hebasr_jax.transcribe import Recognizer, transcribe
 from hebasr_jax.validate import load_dev_sets, validate
 
@@ -176,7 +176,9 @@ def test_the_first_clips_are_taken_when_there_are_too_many(learned) -> None:
 
 def test_an_empty_hypothesis_is_all_deletions(learned, monkeypatch) -> None:
     """Bug 16: dropped rows made the WER look better."""
-    monkeypatch.setattr("hebasr_jax.validate.parse_output", lambda *_: SimpleNamespace(text=""))
+    monkeypatch.setattr(
+        "hebasr_jax.transcribe.parse_output", lambda *_, **__: Transcript("Hebrew", "")
+    )
     found = _scores(learned)["noisy"]
     assert (found["wer"], found["cer"]) == (1.0, 1.0)
     assert (found["deletions"], found["words"], found["empty"], found["clips"]) == (32, 32, 24, 24)

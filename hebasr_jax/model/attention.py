@@ -87,18 +87,20 @@ def _attend_in_blocks(
 
 
 def attend_cache(
-    q_B1NH: Float[Array, "B 1 N H"],
+    q_BLNH: Float[Array, "B L N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    valid_BS: Bool[Array, "B S"],
-) -> Float[Array, "B 1 N H"]:
-    """Attention of one new position to the valid slots of a key/value cache.
+    valid: Bool[Array, "B *L S"],
+) -> Float[Array, "B L N H"]:
+    """Attention of new positions to the valid slots of a key/value cache.
 
+    `valid` is [B, L, S], or [B, S] where a row's new positions see the same slots.
     A decode step is bound by reading the cache, not by arithmetic, so plain XLA serves it.
     """
-    with jax.default_matmul_precision(matmul_precision(q_B1NH.dtype)):
+    mask_B1LS = valid.reshape(len(valid), 1, -1, valid.shape[-1])
+    with jax.default_matmul_precision(matmul_precision(q_BLNH.dtype)):
         return jax.nn.dot_product_attention(
-            q_B1NH, k_BSKH, v_BSKH, mask=valid_BS[:, None, None, :], implementation="xla"
+            q_BLNH, k_BSKH, v_BSKH, mask=mask_B1LS, implementation="xla"
         )
 
 

@@ -63,6 +63,15 @@ class Decoder(nnx.Module):
         """The stack's segments, lowest first."""
         return [layers for layers in (self.below, self.layers) if layers is not None]
 
+    def unstacked(self) -> list[Any]:
+        """Each layer alone, its products' weights cast once: for loops that decode."""
+        dtype = self.compute.dtype
+        return [
+            jax.tree.map(lambda w, n=n: w[n].astype(dtype) if w.ndim > 2 else w[n], stack)
+            for stack in self.segments()
+            for n in range(jax.tree.leaves(stack)[0].shape[0])
+        ]
+
     def angles(self, positions_BL: Int[Array, "B L"]) -> Array:
         """Rotary angles for the given positions."""
         return rotary_angles(positions_BL, self.config.head_dim, self.config.rope_theta)
