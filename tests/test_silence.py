@@ -70,6 +70,9 @@ def test_long_and_deep_pauses_are_preferred() -> None:
     deep = with_pauses((7.0, 0.3), depth=0.01)
     both = np.minimum(np.abs(shallow), np.abs(deep)) * np.sign(shallow)
     assert first_cut_s(both) == pytest.approx(7.0, abs=0.05)
+    noisy = with_pauses((7.0, 0.5), depth=0.03)
+    noisy[round(8.44 * RATE) : round(8.56 * RATE)] = 0  # as a closure in a word: deep and short
+    assert first_cut_s(noisy) == pytest.approx(7.0, abs=0.2)
 
 
 def test_a_short_pause_is_found_where_there_is_no_other() -> None:
