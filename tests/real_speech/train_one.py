@@ -55,11 +55,15 @@ def train_in_jax(config: Config, until_s: float) -> None:
         write_stamped(config)
 
 
+def newest_checkpoint(run: Path) -> Path:
+    saved = [path for path in (run / "checkpoints").iterdir() if path.name.isdecimal()]
+    return max(saved, key=lambda path: int(path.name))
+
+
 def write_stamped(config: Config) -> None:
     """Transcripts of the test part with time stamps, by the newest checkpoint, as JSON lines."""
     folder = Path(config.runs_dir) / config.name
-    saved = [path for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
-    newest = max(saved, key=lambda path: int(path.name))
+    newest = newest_checkpoint(folder)
     recognizer = load_recognizer(str(newest), dtype="float32")
     [source] = config.data.dev
     test = open_source(source)
