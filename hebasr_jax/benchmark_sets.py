@@ -96,12 +96,8 @@ PUBLISHED = (
         *(5.1, 7.2, 6.4, 17.4, 14.9, 8.1),
         source=f"{_BOARD}; Common Voice: the model's card",
     ),
-    _published(
-        "ivrit-ai/whisper-large-v3-turbo-ct2, 2025-05-13", 5.3, 7.1, 6.6, 18.1, None, 8.2
-    ),
-    _published(
-        "ivrit-ai/whisper-large-v3-turbo-ct2, 2025-04-03", 5.5, 6.1, 7.4, 20.8, None, 10.0
-    ),
+    _published("ivrit-ai/whisper-large-v3-turbo-ct2, 2025-05-13", 5.3, 7.1, 6.6, 18.1, None, 8.2),
+    _published("ivrit-ai/whisper-large-v3-turbo-ct2, 2025-04-03", 5.5, 6.1, 7.4, 20.8, None, 10.0),
     _published("Soniox", 4.8, 9.0, 6.5, 17.7, None, 11.4),
     _published("Amazon batch", 6.6, 10.4, 8.5, 23.0, None, 9.0),
     _published("Deepgram nova-3", 6.7, 12.0, 10.2, 23.3, None, 21.0),

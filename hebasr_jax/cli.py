@@ -20,6 +20,7 @@ from hebasr_jax.average_command import Average
 from hebasr_jax.config import Layout
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
+from hebasr_jax.evaluate_command import Evaluate
 
 if TYPE_CHECKING:
     import numpy as np
@@ -251,6 +252,7 @@ class Demo:
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "transcribe": Transcribe,
+    "evaluate": Evaluate,
     "convert": Convert,
     "prepare": Prepare,
     "train": Train,

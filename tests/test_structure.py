@@ -18,6 +18,7 @@ MODULES = sorted((ROOT / "hebasr_jax").rglob("*.py"))
 LEVELS = [
     {"", "errors", "charts", "paths", "card_text", "output_style", "sound_level"},
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
+    {"identity", "hypotheses", "benchmark_sets", "output_style"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
     {"card", "upload", "page", "hypotheses", "significance"},
     {"scoring"},
@@ -38,6 +39,11 @@ LEVELS = [
     },
     {"export", "trained", "data.prepare", "train_step", "members", "throughput", "step_memory"},
     {"transcribe", "average", "sinks"},
+    {"longform", "scoring", "significance", "report_eval", "overlap"},
+    {"eval_sets", "comparison"},
+    {"evaluate"},
+    {"control"},
+    {"evaluate_command"},
     {"writers", "tiny", "validate", "stages", "data.prepare_command", "demo_corpus"},
     {"run_setup", "rate_tables"},
     {"running", "dry_run", "average_command"},
@@ -157,6 +163,6 @@ def test_the_declared_dependencies_are_those_imported() -> None:
                 used |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 used.add((node.module or "").split(".")[0])
-    extras = {"av", "espeakng_loader", "wandb", "trackio", "tensorboardX"}
+    extras = {"av", "espeakng_loader", "faster_whisper", "wandb", "trackio", "tensorboardX"}
     outside = used - set(sys.stdlib_module_names) - {"hebasr_jax"} - extras
     assert outside == {name.removesuffix("_checkpoint") for name in names}  # imported as orbax
