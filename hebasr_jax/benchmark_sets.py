@@ -114,3 +114,15 @@ PUBLISHED = (
         source="its authors, on 200 clips of each set: not comparable",
     ),
 )
+
+
+def published_rates() -> dict[str, list[dict[str, object]]]:
+    """For each set the systems with their WER (a rate) and source, as results.json holds them."""
+    return {
+        row.name: [
+            {"system": p.system, "wer": p.wer_percent[row.name] / 100, "source": p.source}
+            for p in PUBLISHED
+            if row.name in p.wer_percent
+        ]
+        for row in BENCHMARK_SETS
+    }

@@ -22,14 +22,15 @@ def compare_folders(
     same on both sides is not compared, and told under `skipped`. Raises `UserError` for a folder
     without results and where nothing can be compared.
     """
-    results = [read_json(folder / "results.json") for folder in (first, second)]
-    for folder, content in zip((first, second), results, strict=True):
+    folders = (first, second)
+    results = [read_json(folder / "results.json") for folder in folders]
+    for folder, content in zip(folders, results, strict=True):
         if not content.get("sets"):
             raise UserError(f"{folder}: holds no results", do="Evaluate a model with --out first.")
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name in [name for name in results[0]["sets"] if name in results[1]["sets"]]:
-        ours, theirs = (read_hypotheses(f / name / "hypotheses.jsonl") for f in (first, second))
+        ours, theirs = (read_hypotheses(f / name / "hypotheses.jsonl") for f in folders)
         if reason := _unlike(ours, theirs):
             skipped[name] = reason
             continue
@@ -45,10 +46,8 @@ def compare_folders(
     if not found:
         why = "; ".join(f"{n}: {why}" for n, why in skipped.items()) or "They share no set."
         raise UserError(f"{first} and {second}: nothing can be compared", why)
-    sides = {
-        side: {"folder": str(folder), "model": content["model"].get("source")}
-        for side, folder, content in zip(("first", "second"), (first, second), results, strict=True)
-    }
+    names = [f"{c['model'].get('name')} in {f}" for c, f in zip(results, folders, strict=True)]
+    sides = dict(zip(("first", "second"), names, strict=True))
     return {"format": 1, **sides, "style": style, "sets": found, "skipped": skipped}
 
 
@@ -86,7 +85,7 @@ def show(content: Mapping[str, Any]) -> None:
         )
     console = Console(width=None if terminal else 10_000, markup=False, highlight=False)
     for side in ("first", "second"):
-        console.print(f"{side}: {content[side]['model']} in {content[side]['folder']}")
+        console.print(f"{side}: {content[side]}")
     console.print("WER, its difference (first - second) with a paired 95 % interval, and p values")
     console.print(table)
     for name, why in content["skipped"].items():

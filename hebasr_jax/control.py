@@ -55,7 +55,7 @@ def load_control(source: str, *, revision: str | None = None) -> System:
         "versions": {n: metadata.version(n) for n in ("faster-whisper", "ctranslate2")},
         "code": code_version(ours | {"audio"}),
     }
-    more = {"source": source, "revision": folder.revision, "device": model.model.device, "batch": 1}
+    more = {"name": source, "revision": folder.revision, "device": model.model.device, "batch": 1}
     _recognise(model, np.zeros(SAMPLE_RATE, np.float32))  # what is set up once is no recognition
 
     def decode(waves: Sequence[np.ndarray], contexts: Sequence[str]) -> list[Recognition]:

@@ -23,7 +23,7 @@ from jaxtyping import Int16
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import finite, in_percent
-from hebasr_jax.benchmark_sets import BENCHMARK_SETS, PUBLISHED
+from hebasr_jax.benchmark_sets import BENCHMARK_SETS, published_rates
 from hebasr_jax.data.clips import BadClip, ClipSet
 from hebasr_jax.data.sources import describe
 from hebasr_jax.errors import UserError
@@ -50,7 +50,7 @@ Say = Callable[[str], None]
 class System:
     """A recogniser to evaluate.
 
-    about: JSON for results.json: source revision fingerprint dtype device batch versions and more.
+    about: JSON for results.json: name revision fingerprint dtype device batch versions and more.
     key: changes with anything that its texts depend on: weights, tokenizer, options, code.
     """
 
@@ -90,7 +90,7 @@ def system_of(recognizer: Recognizer, *, batch_audio_s: float) -> System:
         "code": code_version(imports_of("transcribe", "longform", "data.decode")),
     }
     more = {
-        "source": recognizer.folder.source,
+        "name": recognizer.folder.source,
         "revision": recognizer.folder.revision,
         "description": recognizer.description,
         "device": about["devices"],
@@ -126,7 +126,7 @@ def run_sets(
         "sets": {n: _score(out / n, settings) for n in _kept(out, key, {s.name for s in sets})},
         "macro": {},
         "skipped": {},
-        "published": [asdict(row) for row in PUBLISHED],
+        "published": published_rates(),
     }
     failed = []
     for one in sets:
@@ -181,7 +181,6 @@ def _decode_once(
     write_hypotheses(folder / "hypotheses.jsonl", rows)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in missing]
     write_text(folder / "missing.jsonl", "".join(lines))
-    told = ("source", "dtype", "device", "batch", "versions")
     about = {
         "key": key,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -193,7 +192,8 @@ def _decode_once(
         "max_clips": settings.max_clips,
         "missing": len(missing),
         **facts,
-        **{"model" if n == "source" else n: system.about[n] for n in told},
+        "model": system.about["name"],
+        **{name: system.about[name] for name in ("dtype", "device", "batch", "versions")},
     }
     write_json(folder / "decoding.json", about)
 

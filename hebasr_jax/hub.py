@@ -85,6 +85,7 @@ def find_dataset(
         if not path.exists():
             raise UserError(f"{source}: no such file or folder", "", "Check the path.")
         files = [path] if path.is_file() else _of_split(path, source, config, split)
+        files = files or _of_split(path, source, None, split)  # the folder of the config alone
         if not files:
             raise _no_split(source, config, split)
         return DatasetFiles(tuple(files), None)
