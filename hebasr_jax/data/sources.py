@@ -115,7 +115,7 @@ def open_source(
         fingerprint=_fingerprint(clips, places, sizes),
         bad=tuple(bad),
         share=source.share,
-        files=tuple("" if p.row is not None or p.piece else str(p.file) for p in places),
+        files=tuple("" if p.row is not None or p.piece else str(p.file.absolute()) for p in places),
     )
 
 
