@@ -10,6 +10,7 @@ import tyro
 from hebasr_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from hebasr_jax.data.clips import ClipSet
     from hebasr_jax.eval_sets import EvalSet
     from hebasr_jax.evaluate import Settings
 
@@ -75,10 +76,16 @@ class Evaluate:
         return self._evaluate(self.model, self.out, choose_sets(self.sets, self.manifest))
 
     def _evaluate(self, model: str, out: Path, sets: "list[EvalSet]") -> int:
+        from hebasr_jax.control import load_control
+        from hebasr_jax.data.sources import open_source
         from hebasr_jax.evaluate import run_sets, system_of
         from hebasr_jax.report_eval import write_evaluation_report
+        from hebasr_jax.run_config import Source
         from hebasr_jax.transcribe import load_recognizer
 
+        # What may fail comes before hours of decoding.
+        train = open_source(Source("train", self.check_overlap)) if self.check_overlap else None
+        control = load_control(self.control) if self.control else None
         recognizer = load_recognizer(
             model, revision=self.revision, dtype=self.dtype, kernel=self.attention
         )
@@ -87,16 +94,14 @@ class Evaluate:
         settings, again = self._settings(), self.overwrite
         results, failed = run_sets(system, sets, out, settings, overwrite=again, say=_say)
         done = [one for one in sets if one.name in results["sets"]]
-        if self.check_overlap and done:
-            self._check_overlap(done, out)
-        if self.control and done:
-            from hebasr_jax.control import load_control
-
+        if train and done:
+            self._check_overlap(train, done, out)
+        if control and done:
             _say(f"control: {self.control}")
-            system = load_control(self.control)
-            _, lost = run_sets(system, done, out / "control", settings, overwrite=again, say=_say)
+            beside = out / "control"
+            _, lost = run_sets(control, done, beside, settings, overwrite=again, say=_say)
             failed += [f"control: {name}" for name in lost]
-            self._compare(out, out / "control", out)
+            self._compare(out, beside, out)
         _say(f"wrote {write_evaluation_report(out)}")
         if failed:
             _say(f"not all was evaluated: {', '.join(failed)}")
@@ -121,14 +126,10 @@ class Evaluate:
             write_evaluation_report(out)
         return 0
 
-    def _check_overlap(self, sets: "list[EvalSet]", out: Path) -> None:
-        from hebasr_jax.data.sources import open_source
+    def _check_overlap(self, train: "ClipSet", sets: "list[EvalSet]", out: Path) -> None:
         from hebasr_jax.overlap import check_overlap
-        from hebasr_jax.run_config import Source
         from hebasr_jax.run_folder import write_json
 
-        assert self.check_overlap is not None
-        train = open_source(Source("train", self.check_overlap))
         found = {one.name: check_overlap(train, one.open().clips) for one in sets}
         write_json(out / "overlap.json", {"train": self.check_overlap, "sets": found})
         _say(f"wrote {out / 'overlap.json'}")

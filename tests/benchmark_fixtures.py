@@ -27,7 +27,7 @@ TEXTS = {
     "saspeech": ["שלום לכולם", "הכלכלה צומחת", "עד כאן"],
     "fleurs": ["המגדל נבנה ב-1948", "הוא נולד בבן־גוריון", "שלוש מדינות"],
     "common-voice": ["הילד אכל תפוח", "מחר יהיה חם", "לילה טוב"],
-    "kan": ["החדשות בכאן", "", "מזג האוויר"],
+    "kan": ["החדשות בכאן", "", "מזג האוויר", "תודה"],
 }
 _AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -115,7 +115,7 @@ def common_voice() -> dict[str, dict[str, bytes]]:
 
 
 def kan() -> dict[str, dict[str, bytes]]:
-    audio, texts = [sound(3.5, seed, kind="FLAC") for seed in (15, 16, 17)], TEXTS["kan"]
+    audio, texts = [sound(3.5, seed, kind="FLAC") for seed in (15, 16, 17, 18)], TEXTS["kan"]
     name = "data/validation-0000{}-of-00002-3b2bdbaab9d4de85.parquet"
     files = {
         name.format(0): parquet(audio[:1], {"sentence": texts[:1]}),

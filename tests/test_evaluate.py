@@ -93,7 +93,7 @@ def _words(text: str | None) -> list[str]:
 def test_the_texts_are_those_of_transcribe(first, tiny) -> None:
     recognizer = load_recognizer(str(tiny))
     waves = []
-    for seed in (15, 16, 17):  # of kan
+    for seed in (15, 16, 17, 18):  # of kan
         with as_file(sound(3.5, seed, kind="FLAC")) as file:
             waves.append(read_sound(file, 3.5, ""))
     ours = [found.transcript.text for found in transcribe(recognizer, waves)]
@@ -188,9 +188,9 @@ def test_what_a_stored_text_depends_on(evaluate, tiny, tmp_path) -> None:
     assert _written(tmp_path / "out") == made
     assert results["sets"]["kan"]["style"]
     assert again["sets"]["kan"]["style"] is None
-    assert redone("--piece-s", "2")["key"] != results["sets"]["kan"]["key"]
-    trial = redone("--max-clips", "2")
-    assert (trial["clips"], trial["max_clips"]) == (2, 2)
+    assert redone("--piece-s", "25")["key"] != results["sets"]["kan"]["key"]
+    trial = redone("--max-clips", "3")
+    assert (trial["clips"], trial["max_clips"]) == (3, 3)
     assert redone("--dtype", "bfloat16")["dtype"] == "bfloat16"
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     weights = load_file(other / "model.safetensors")
@@ -274,11 +274,12 @@ def test_two_folders_are_compared_clip_by_clip(evaluate, tiny, tmp_path, capsys)
 
 def test_other_sets_of_the_folder_stay_only_if_the_same_system_made_them(evaluate) -> None:
     evaluate()
-    (Path("mine.jsonl")).write_text('{"audio": "a.wav", "text": ""}\n', encoding="utf-8")
     soundfile.write("a.wav", np.zeros(56000), 16000)
+    lines = [json.dumps({"audio": "a.wav", "id": str(row), "text": ""}) for row in range(3)]
+    Path("mine.jsonl").write_text("\n".join(lines), encoding="utf-8")
     mine = ("--manifest", "mine.jsonl")
     assert set(evaluate(sets=mine)[1]["sets"]) == {"kan", "mine"}
-    assert set(evaluate("--piece-s", "3", sets=mine)[1]["sets"]) == {"mine"}
+    assert set(evaluate("--piece-s", "25", sets=mine)[1]["sets"]) == {"mine"}
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,12 @@ def test_published_figures_stand_beside_ours(evaluate) -> None:
 
 
 def test_training_data_are_looked_for_in_the_sets(evaluate, tmp_path) -> None:
-    told, _ = evaluate("--check-overlap", "data")
-    assert "overlap.json" in told
+    """A manifest that is not there is told before anything is decoded."""
+    told, results = evaluate("--check-overlap", "none.jsonl", code=1)
+    assert "none.jsonl: no such file" in told
+    assert results == {}
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "all.parquet").write_bytes(parquet([sound(1, 1)], {"text": ["א"]}))
+    evaluate("--check-overlap", "train")
     content = json.loads((tmp_path / "out" / "overlap.json").read_text(encoding="utf-8"))
     assert set(content["sets"]) == {"kan"}
