@@ -41,6 +41,9 @@ def load_control(source: str, *, revision: str | None = None) -> System:
         model = WhisperModel(str(folder.path), local_files_only=True)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{source}: cannot be loaded", str(error).splitlines()[0]) from error
+    if not model.model.is_multilingual:
+        why = "faster-whisper would take it for English without an error."
+        raise UserError(f"{source}: is no multilingual Whisper model", why)
     digests = {
         file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
         for file in sorted(folder.path.iterdir())

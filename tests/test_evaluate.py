@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,3 +319,12 @@ def test_training_data_are_looked_for_in_the_sets(evaluate, tmp_path) -> None:
     evaluate("--check-overlap", "train")
     content = json.loads((tmp_path / "out" / "overlap.json").read_text(encoding="utf-8"))
     assert set(content["sets"]) == {"kan"}
+
+
+def test_a_control_that_is_not_installed_is_told_before_anything_is_decoded(
+    evaluate, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    told, results = evaluate("--control", "org/whisper", code=1)
+    assert "pip install 'hebasr-jax[control]'" in told
+    assert results == {}
