@@ -43,6 +43,8 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
 .range { stroke-width: 1.5; opacity: .65; }
 .interval { width: 180px; height: 14px; } .interval .grid { stroke: var(--line); }
 .interval .span { stroke-width: 6; opacity: .4; } .interval .tick { stroke-width: 2; }
+.cloud { fill: none; stroke-width: 5; stroke-linecap: round; stroke-dasharray: none; opacity: .6; }
+.named { fill: var(--s1); stroke: var(--paper); }
 .chart .bad { stroke: var(--wrong); stroke-width: 2; }
 """
 )
@@ -162,6 +164,38 @@ def histogram(title: str, edges: Sequence[Number], counts: Sequence[Number], uni
     return _figure(title, body, "")
 
 
+def scatter(
+    title: str,
+    points: Sequence[Point],
+    named: Sequence[tuple[Point, str]],
+    trend: Sequence[Point],
+    write_x: Callable[[Number], str],
+    write_y: Callable[[Number], str],
+) -> str:
+    """A figure of dots, of dots with names that show under the pointer, and of a line over them.
+
+    x is logarithmic when all are positive and span more than a factor of 20; y starts at 0.
+    Empty text when there is no point.
+    """
+    everything = [*points, *trend, *(point for point, _ in named)]
+    if not everything:
+        return ""
+    x_axis = _across([point.x for point in everything], log=True)
+    y_axis = _upwards([point.y for point in everything], log=False)
+    body = [*_grid(y_axis, write_y), *_x_labels(x_axis, x_axis.ticks, write_x)]
+    # One path, each pixel once: thousands of clips stay small.
+    dots = dict.fromkeys(f"M{x_axis(p.x):.0f} {y_axis(p.y):.0f}h0" for p in points)
+    body.append(f'<path class="s0 cloud" d="{"".join(dots)}"/>')
+    line = " ".join(f"{x_axis(point.x):g},{y_axis(point.y):g}" for point in trend)
+    body.append(f'<polyline class="s3 curve" points="{line}"/>')
+    body += [
+        f'<path class="named" d="M{x_axis(point.x):g} {y_axis(point.y) - 5:g}l5 9h-10z">'
+        f"<title>{html.escape(name)}</title></path>"
+        for point, name in named
+    ]
+    return _figure(title, body, "")
+
+
 def interval_bar(value: Number, bounds: Sequence[Number], top: Number) -> str:
     """A tick on the bar between the bounds, on a scale from 0 to top."""
     left, right, at = (round(2 + 176 * x / top, 1) for x in (*bounds, value))
@@ -240,8 +274,10 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
     return [points[i] for i in sorted(kept)]
 
 
-def _across(values: Sequence[Number]) -> _Axis:
+def _across(values: Sequence[Number], log: bool = False) -> _Axis:
     low, high = min(values), max(values)
+    if log and low > 0 and high / low > 20:
+        return _Axis(low / 1.15, high * 1.15, _LEFT, _RIGHT, True, _log_ticks(low, high))
     if high <= low:
         low, high = low - 0.5, low + 0.5
     return _Axis(low, high, _LEFT, _RIGHT, False, _ticks(low, high))

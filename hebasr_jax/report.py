@@ -4,28 +4,29 @@ Everything comes from the folder's files as it stands; what is not there yet is 
 All text is escaped: a transcript may hold anything.
 """
 
-import html
 import json
 import math
-import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hebasr_jax.alignment import alignment, errors_and_words, key_to_signs
 from hebasr_jax.charts import Curve, Number, Point, histogram, interval_bar, line_chart
 from hebasr_jax.errors import UserError
-from hebasr_jax.metrics import align_words, normalize_ivrit, word_errors
+from hebasr_jax.metrics import align_words, normalize_ivrit
 from hebasr_jax.page import (
     dict_table,
-    direction_of,
     escaped,
+    facts_table,
     folded,
     numeral,
+    read_json,
+    read_rows,
     side_by_side,
     table_of,
-    whole_page,
+    write_page,
 )
 from hebasr_jax.report_final import final_section
 from hebasr_jax.tracking import interval, percent, read_metrics
@@ -47,27 +48,21 @@ def write_report(run_folder: Path) -> Path:
     train = [line for line in lines if line.get("kind") == "train"]
     skipped = [Point(line["step"], math.nan) for line in lines if line.get("kind") == "skipped"]
     validations = [line for line in lines if line.get("kind") == "validation"]
-    quarantine = _read_rows(run_folder / "quarantine.jsonl")
+    quarantine = read_rows(run_folder / "quarantine.jsonl")
     sections = {
         "": _headline(train, validations, len(quarantine)),
         "Learning": _learning(train, skipped, validations),
-        "Result": final_section(_read_json(run_folder / "final.json")),
+        "Result": final_section(read_json(run_folder / "final.json")),
         "Dev sets": _dev_sets(validations),
         "Errors": _samples(validations),
         "Speed": _speed(train),
-        "Data": _plan(_read_json(run_folder / "plan.json")),
+        "Data": _plan(read_json(run_folder / "plan.json")),
         "Bad clips": _quarantine(quarantine),
-        "Config": _config(_read_json(run_folder / "config.json")),
-        "Environment": _environment(_read_json(run_folder / "env.json")),
+        "Config": _config(read_json(run_folder / "config.json")),
+        "Environment": _environment(read_json(run_folder / "env.json")),
     }
     page = run_folder / "report.html"
-    partial = run_folder / f".report-{os.getpid()}.partial"
-    try:
-        partial.write_text(whole_page(run_folder.resolve().name, sections), "utf-8", "replace")
-        partial.replace(page)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{page} cannot be written", error.strerror or str(error)) from None
+    write_page(page, run_folder.resolve().name, sections)
     return page
 
 
@@ -178,43 +173,19 @@ def _samples(validations: Sequence[Line]) -> str:
             break
     else:
         return "<p>No sample of a transcript yet.</p>"
-    parts = [_LEGEND.format(step=f"{line['step']:,}")]
+    parts = [key_to_signs(f"After step {line['step']:,}.")]
     for name, samples in told.items():
         parts.append(f"<h3>{escaped(name)}</h3>" if samples else "")
-        parts += [_alignment(sample) for sample in samples or ()]
+        parts += [_sample(sample) for sample in samples or ()]
     return "".join(parts)
 
 
-_LEGEND = (
-    '<p class="key">After step {step}. Upper line: reference; lower line: hypothesis, both '
-    'normalised. <span class="substitute"><span>≠ another word</span></span> '
-    '<span class="delete"><span><del>− left out</del></span></span> '
-    '<span class="insert"><span><ins>+ added</ins></span></span></p>'
-)
-_MARKS = {"equal": "", "substitute": "≠", "delete": "−", "insert": "+"}
-
-
-def _alignment(sample: Line) -> str:
+def _sample(sample: Line) -> str:
     written = (str(sample.get("reference", "")), str(sample.get("hypothesis", "")))
-    reference, hypothesis = (normalize_ivrit(text) for text in written)
-    direction = direction_of("".join(written))
-    words = []
-    for ours, theirs, operation in align_words(reference, hypothesis):
-        mark = f"<i>{_MARKS[operation]}</i>" if operation != "equal" else ""
-        upper = "&nbsp;" if ours is None else escaped(ours)
-        lower = "&nbsp;" if theirs is None else escaped(theirs)
-        upper = f"<del>{upper}</del>" if operation == "delete" else f"<span>{upper}</span>"
-        lower = f"<ins>{lower}</ins>" if operation == "insert" else f"<span>{lower}</span>"
-        words.append(f'<span class="{operation}">{upper}{lower}{mark}</span>')
-    counts = word_errors([reference], [hypothesis])
-    errors, length = int(counts.errors_N[0]), int(counts.length_N[0])
-    raw = "".join(f"<div>{html.escape(text) or '∅'}</div>" for text in written)
-    return (
-        f'<div class="sample"><div class="id">{escaped(sample.get("id", ""))} · errors: {errors}, '
-        f'words: {length}</div><div class="words" dir="{direction}">'
-        f"{' '.join(words) or 'both are empty'}</div>"
-        f'<details><summary>as written</summary><div dir="{direction}">{raw}</div></details></div>'
-    )
+    columns = align_words(*map(normalize_ivrit, written))
+    errors, words = errors_and_words(columns)
+    told = f"{escaped(sample.get('id', ''))} · errors: {errors}, words: {words}"
+    return alignment(told, columns, written)
 
 
 def _speed(train: Sequence[Line]) -> str:
@@ -290,8 +261,7 @@ def _config(config: Any) -> str:
 def _environment(env: Any) -> str:
     if not isinstance(env, Mapping):
         return "<p>env.json is missing or damaged.</p>"
-    rows = [[escaped(path), escaped(value)] for path, value in _leaves(env)]
-    return folded(f"{len(rows)} facts", table_of(["fact", "value"], rows))
+    return facts_table(env)
 
 
 # --- numbers out of lines --------------------------------------------------------------------
@@ -354,37 +324,3 @@ def _median(lines: Sequence[Line], key: str, write: Callable[[float], str]) -> s
 def _mean_share(lines: Sequence[Line], key: str) -> str:
     values = [line[key] for line in lines if line.get(key) is not None]
     return percent(statistics.fmean(values)) if values else ""
-
-
-# --- files ---
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    pairs: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        pairs = value.items()
-    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
-        pairs = enumerate(value)
-    else:
-        yield path, ", ".join(map(str, value)) if isinstance(value, list) else value
-    for key, item in pairs:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
-
-
-def _read_json(path: Path) -> Any:
-    """What a file holds; None when it is not there or damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut short by a kill
-            continue
-        rows.append(row if isinstance(row, dict) else {"reason": str(row)})
-    return rows

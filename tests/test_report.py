@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hebasr_jax.charts import Curve, Point, histogram, line_chart
+from hebasr_jax.charts import Curve, Point, histogram, line_chart, scatter
 from hebasr_jax.errors import UserError
 from hebasr_jax.metrics import score
 from hebasr_jax.report import write_report
@@ -350,3 +350,14 @@ def test_a_histogram_has_a_bar_for_each_count() -> None:
     assert float(bars[2]["width"]) == pytest.approx(2 * float(bars[0]["width"]), rel=0.02)
     assert "2 to 4 s: 5" in page.text
     assert histogram("t", [0, 1], [0], "s") == ""
+
+
+def test_each_dot_lies_where_its_numbers_say() -> None:
+    points = [Point(1.0, 0.0), Point(10.0, 0.5), Point(100.0, 1.0)]
+    page = Page(scatter("t", points, [(points[1], "<b>")], [], str, str))
+    cloud = next(a["d"] for _, a in page.elements if a.get("class") == "s0 cloud")
+    (x0, y0), (x1, y1), (x2, y2) = re.findall(r"M(\d+) (\d+)", cloud)
+    assert abs(int(x1) - int(x0) - (int(x2) - int(x1))) <= 1  # logarithmic from a factor of 20 on
+    assert int(y0) - int(y1) == pytest.approx(int(y1) - int(y2), abs=1)
+    assert "<b>" in page.text
+    assert scatter("t", [], [], [], str, str) == ""
