@@ -1,9 +1,11 @@
 """Any audio file -> float32 mono at 16 kHz. Limits hold on what is decoded, never on headers."""
 
+import functools
 import glob
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,18 +56,30 @@ def read_audio(path: Path, *, max_seconds: float) -> np.ndarray:
     Raises UserError for what is not readable sound, is cut or damaged, has samples that are not
     finite, or lasts longer than `max_seconds`: then decoding stops, with bounded memory.
     """
+    return np.concatenate(list(stream_audio(path, max_seconds=max_seconds, kept_s=max_seconds)))
+
+
+def stream_audio(
+    path: Path, *, max_seconds: float = math.inf, kept_s: float = 120.0
+) -> Iterator[np.ndarray]:
+    """What `read_audio` returns and raises, sample for sample, in blocks of some seconds.
+
+    The level follows the peak of the whole file, and a fault at its end is found before anything
+    is yielded: a file longer than `kept_s`, the most that is held in memory, is decoded twice.
+    """
     try:
         _check_file(path)
         try:
-            wave = _join(path, _sndfile_blocks(path), max_seconds)
+            decode = functools.partial(_blocks_16k, path, _sndfile_blocks, max_seconds)
+            kept, peak = _survey(path, decode(), kept_s)
         except _LeaveToAv as fault:
-            wave = _join(path, _av_blocks(path, str(fault)), max_seconds)
+            by_av = functools.partial(_av_blocks, reason=str(fault))
+            decode = functools.partial(_blocks_16k, path, by_av, max_seconds)
+            kept, peak = _survey(path, decode(), kept_s)
+        for block in kept or decode():
+            yield block / peak if peak > 1 else block
     except OSError as error:
         raise UserError(f"{path}: cannot be read", error.strerror or "") from error
-    peak = max(wave.max(initial=0), -wave.min(initial=0))
-    if not np.isfinite(peak):
-        raise UserError(f"{path}: has samples that are NaN or infinite", "", "Export it again.")
-    return wave / peak if peak > 1 else wave
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -109,14 +123,33 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: is empty (zero bytes)", "", "Record or download it again.")
 
 
-def _join(path: Path, blocks: Iterator[Block], max_seconds: float) -> np.ndarray:
-    """Resample and join blocks to [samples] at 16 kHz; stops at the first one over the limit."""
+def _survey(
+    path: Path, blocks: Iterator[np.ndarray], kept_s: float
+) -> tuple[list[np.ndarray], np.float32]:
+    """Decodes a file to its end: its blocks, or none if they last over `kept_s`, and its peak."""
+    kept: list[np.ndarray] = []
+    samples, peak = 0, np.float32(0)
+    for block in blocks:
+        samples += len(block)
+        peak = np.maximum(peak, max(block.max(initial=0), -block.min(initial=0)))  # NaN stays
+        if samples <= kept_s * SAMPLE_RATE + 1:  # resampling may add a sample
+            kept.append(block)
+        else:
+            kept.clear()
+    if not np.isfinite(peak):
+        raise UserError(f"{path}: has samples that are NaN or infinite", "", "Export it again.")
+    return kept, peak
+
+
+def _blocks_16k(
+    path: Path, decode: Callable[[Path], Iterator[Block]], max_seconds: float
+) -> Iterator[np.ndarray]:
+    """Resamples blocks to 16 kHz; stops at the first one over the limit."""
     import soxr
 
-    waves: list[np.ndarray] = []
     decoded = 0
     stream = None
-    with closing(blocks):  # type: ignore[type-var]
+    with closing(decode(path)) as blocks:  # type: ignore[type-var]
         for rate, block in blocks:
             decoded += len(block)
             if rate not in _RATES_HZ:
@@ -125,17 +158,16 @@ def _join(path: Path, blocks: Iterator[Block], max_seconds: float) -> np.ndarray
                 raise UserError(
                     f"{path}: is longer than the limit of {max_seconds:g} s",
                     "Nothing is cut silently, so no part of it was taken.",
-                    "Split it; long-form decoding comes with the evaluation tools.",
+                    "Split it.",
                 )
             if rate != SAMPLE_RATE:
                 stream = stream or soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "VHQ")
                 block = stream.resample_chunk(block)
-            waves.append(block)
+            yield block
     if not decoded:
         raise UserError(f"{path}: holds no sound (zero samples)", "", "Record or export it again.")
     if stream:
-        waves.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
-    return np.concatenate(waves)
+        yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def _sndfile_blocks(path: Path) -> Iterator[Block]:

@@ -1,6 +1,5 @@
 """Commands and their flags. Heavy imports wait until a command runs: --help answers at once."""
 
-import contextlib
 import dataclasses
 import io
 import os
@@ -8,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -21,112 +20,13 @@ from hebasr_jax.config import Layout
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
 from hebasr_jax.evaluate_command import Evaluate
+from hebasr_jax.transcribe_command import Transcribe
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from hebasr_jax.config_file import LoadedConfig
-    from hebasr_jax.transcribe import Recognition
 
-_WINDOW_S = 3600.0  # audio read ahead, so that clips of like length share a batch
 _INTERRUPTED, _READER_GONE = 130, 141  # as shells count signals: 128 + SIGINT, + SIGPIPE
 _ABOUT = "Hebrew speech recognition with Qwen3-ASR in JAX"
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcribe:
-    """Audio files to text.
-
-    Prints the text of each file, or writes it under --out-dir. A file that cannot be read does
-    not stop the others: it is named at the end, and the exit code is 1.
-    """
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """model folder in either layout, hub id such as Qwen/Qwen3-ASR-1.7B, or training run"""
-    inputs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...")]
-    """files, folders or globs: wav flac mp3 ogg opus, and m4a mp4 webm with the extra 'av'"""
-    format: tuple[Literal["txt", "json"], ...] = ("txt",)
-    """what to write for each file"""
-    out_dir: Path | None = None
-    """folder to write to; folders among the inputs are kept below it"""
-    timestamps: bool = False
-    """ask for time stamps (of a model trained with them)"""
-    context: str = ""
-    """text that came before, or words to expect; of a long one the last 224 tokens"""
-    language: str = "Hebrew"
-    """English name of the language; auto lets the model say it"""
-    max_new_tokens: int | None = None
-    """token budget of each file; by default 8 a second plus 16"""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """by default bfloat16 on a GPU, else float32"""
-    attention: Literal["auto", "cudnn", "xla"] = "auto"
-    """attention kernel; one that cannot be had is an error"""
-    batch_audio_s: float = 240.0
-    """seconds of padded audio decoded together; raise it on a large GPU"""
-    revision: str | None = None
-    """branch, tag or commit of a hub id"""
-
-    def run(self) -> int:
-        from hebasr_jax.audio import expand_inputs
-        from hebasr_jax.text import PromptStyle, build_prompt
-        from hebasr_jax.transcribe import load_recognizer, transcribe
-        from hebasr_jax.writers import check_folder, output_stems
-
-        _require(bool(self.inputs), "no audio files given", "name files, folders or globs")
-        _require(bool(self.format), "--format names nothing to write", "name txt, json or both")
-        _require(
-            self.max_new_tokens is None or self.max_new_tokens > 0,
-            "--max-new-tokens must be at least 1",
-        )
-        _require(self.batch_audio_s > 0, "--batch-audio-s must be positive")
-        if self.out_dir:
-            check_folder(self.out_dir)
-        paths = expand_inputs(self.inputs)
-        named = None if self.language == "auto" else self.language
-        style = PromptStyle(named, language_in_prompt=named is not None, stamps=self.timestamps)
-        stems = output_stems(paths, self.out_dir) if self.out_dir else {}
-        recognizer = load_recognizer(
-            self.model, revision=self.revision, dtype=self.dtype, kernel=self.attention
-        )
-        build_prompt(recognizer.tokenizer, style)  # a model without stamps is refused here
-        _say(f"{self.model}: {recognizer.description}")
-        failed: list[str] = []
-        with _progress(len(paths)) as advance:
-            for window in _windows(paths, failed):
-                results = transcribe(
-                    recognizer,
-                    [wave for _, wave in window],
-                    style=style,
-                    context=self.context,
-                    max_new_tokens=self.max_new_tokens,
-                    batch_audio_s=self.batch_audio_s,
-                )
-                for (path, _), result in zip(window, results, strict=True):
-                    self._put(path, result, stems, several=len(paths) > 1)
-                    advance(path.name)
-        for line in failed:
-            _say(f"not transcribed: {line}")
-        return 1 if failed else 0
-
-    def _put(
-        self, path: Path, result: "Recognition", stems: dict[Path, Path], several: bool
-    ) -> None:
-        """Writes or prints one result; text that may be cut is never passed over in silence."""
-        from hebasr_jax.writers import render, write_whole
-
-        if not result.finished:
-            _say(
-                f"warning: {path}: the budget of tokens ran out after {len(result.tokens)}: "
-                "text may be missing; raise --max-new-tokens"
-            )
-        for kind in self.format:
-            text = render(kind, path, result)
-            if self.out_dir:
-                write_whole(Path(f"{stems[path]}.{kind}"), text)
-            else:
-                if several and kind == "txt":  # one line for each file
-                    text = f"{path}\t{' '.join(text.split())}\n"
-                print(text, end="", flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,49 +236,3 @@ def _say(line: str) -> None:
 
 def _keep_quiet(line: str) -> None:
     """What the other hosts of a run say."""
-
-
-def _windows(paths: Sequence[Path], failed: list[str]) -> "Iterator[list[tuple[Path, np.ndarray]]]":
-    """Reads files about an hour of audio at a time; those that cannot be read go to `failed`."""
-    from hebasr_jax.audio import SAMPLE_RATE, read_audio
-    from hebasr_jax.transcribe import MAX_CLIP_S
-
-    window: list[tuple[Path, np.ndarray]] = []
-    seconds = 0.0
-    for path in paths:
-        try:
-            wave = read_audio(path, max_seconds=MAX_CLIP_S)
-        except UserError as error:
-            failed.append(str(error))
-            continue
-        window.append((path, wave))
-        seconds += len(wave) / SAMPLE_RATE
-        if seconds >= _WINDOW_S:
-            yield window
-            window, seconds = [], 0.0
-    if window:
-        yield window
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on a terminal, a line for each finished file elsewhere; nothing for one file."""
-    if total < 2:
-        yield lambda name: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        # Left alone, rich takes stdout along to stderr, also where stdout is a file.
-        same = sys.stdout.isatty()
-        with Progress(console=Console(stderr=True), redirect_stdout=same) as bar:
-            task = bar.add_task("transcribing", total=total)
-            yield lambda name: bar.update(task, advance=1, description=name)
-    else:
-        names: list[str] = []
-
-        def advance(name: str) -> None:
-            names.append(name)
-            _say(f"{len(names)}/{total} {name}")
-
-        yield advance

@@ -19,9 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int16
 
-from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import finite, in_percent
 from hebasr_jax.benchmark_sets import BENCHMARK_SETS, published_rates
 from hebasr_jax.data.clips import BadClip, ClipSet
@@ -33,15 +31,14 @@ from hebasr_jax.hypotheses import Hypothesis, read_hypotheses, write_hypotheses
 from hebasr_jax.identity import code_version, imports_of, key_of, weights_key
 from hebasr_jax.longform import Cutting, Decode, Failure, Sound, recognize_long
 from hebasr_jax.run_folder import environment, read_json, write_json, write_text
-from hebasr_jax.scoring import score_rows
-from hebasr_jax.transcribe import Recognizer, transcribe
+from hebasr_jax.scoring import macro_mean, score_rows
+from hebasr_jax.sound_level import estimate_snr_db, is_silent
+from hebasr_jax.transcribe import Recognition, Recognizer, transcribe
 
 MAX_MISSING_SHARE = 0.01
 """Of a set with more clips than this that could not be read, no rate is given."""
 
 _RATES = re.compile("wer|cer|wil|ci95|raw|slices")  # what is not given then
-_FRAME = SAMPLE_RATE // 50
-_SILENT_DB = -60.0  # of full scale: 16-bit speech is far above it
 
 Say = Callable[[str], None]
 
@@ -74,11 +71,11 @@ class Settings:
     seed: int = 0
 
 
-def system_of(recognizer: Recognizer, *, batch_audio_s: float) -> System:
-    """A loaded model that decodes as `transcribe` does, without any context."""
+def system_of(recognizer: Recognizer, *, batch_audio_s: float | None = None) -> System:
+    """A loaded model that decodes as `transcribe` does."""
 
-    def decode(waves: Sequence[np.ndarray], contexts: Sequence[str]) -> list[Any]:
-        return transcribe(recognizer, waves, batch_audio_s=batch_audio_s)
+    def decode(waves: Sequence[np.ndarray], contexts: Sequence[str]) -> list[Recognition]:
+        return transcribe(recognizer, waves, context=contexts, batch_audio_s=batch_audio_s)
 
     compute, about = recognizer.compute, environment()
     named = {
@@ -143,7 +140,7 @@ def run_sets(
             say(f"{one.name}: {_told(entry)}")
             if entry["withheld"]:
                 failed.append(one.name)
-        results["macro"] = _macro(results["sets"])
+        results["macro"] = finite(macro_mean(results["sets"], [s.name for s in BENCHMARK_SETS]))
         write_json(out / "results.json", results)
     return results, failed
 
@@ -209,7 +206,7 @@ def _recognise(
             wave_S = clips.read(index)
         except BadClip as fault:
             raise UserError(fault.reason, fault.detail) from fault
-        levels[index] = sound_level(wave_S)
+        levels[index] = estimate_snr_db(wave_S), is_silent(wave_S)
         yield wave_S.astype(np.float32) / 32768
 
     sounds = (Sound(clip.id, partial(blocks, i)) for i, clip in enumerate(clips.clips))
@@ -264,15 +261,6 @@ def _score(folder: Path, settings: Settings) -> dict[str, Any]:
     return {**found, **facts, "withheld": withheld}
 
 
-def _macro(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean WER and CER over those of the six sets that have one; complete: all six do."""
-    names = [s.name for s in BENCHMARK_SETS if sets.get(s.name, {}).get("wer") is not None]
-    if not names:
-        return {}
-    means = {rate: float(np.mean([sets[n][rate] for n in names])) for rate in ("wer", "cer")}
-    return {**means, "sets": names, "complete": len(names) == len(BENCHMARK_SETS)}
-
-
 def _told(entry: Mapping[str, Any]) -> str:
     if entry["withheld"]:
         return entry["withheld"]
@@ -301,22 +289,6 @@ def _sound_digest(clips: ClipSet) -> str:
         else:
             digest.update(len(wave_S).to_bytes(8, "little") + wave_S.tobytes())
     return digest.hexdigest()
-
-
-def sound_level(wave_S: Int16[np.ndarray, " S"]) -> tuple[float | None, bool]:
-    """SNR in dB and whether the clip is silent, from the levels of its frames of 20 ms.
-
-    The SNR is rough, as NIST's quick one: the level that one frame in ten exceeds over the level
-    that nine in ten do. None for less than ten frames, and for a floor of digital silence.
-    """
-    frames = len(wave_S) // _FRAME
-    wave_FS = wave_S[: frames * _FRAME].reshape(frames, _FRAME).astype(np.float32) / 32768
-    power_F = np.mean(np.square(wave_FS), axis=1)
-    loud = float(np.quantile(power_F, 0.9)) if frames else 0.0
-    floor = float(np.quantile(power_F, 0.1)) if frames else 0.0
-    silent = loud < 10 ** (_SILENT_DB / 10)
-    known = frames >= 10 and floor > 0 and not silent
-    return (10 * float(np.log10(loud / floor)) if known else None), silent
 
 
 @contextlib.contextmanager

@@ -51,8 +51,8 @@ class Evaluate:
     """by default bfloat16 on a GPU, else float32"""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """attention kernel; one that cannot be had is an error"""
-    batch_audio_s: float = 240.0
-    """seconds of padded audio decoded together; raise it on a large GPU"""
+    batch_audio_s: float | None = None
+    """seconds of audio decoded together on each device; by default 240, and 4096 on a GPU"""
     revision: str | None = None
     """branch, tag or commit of a model on the hub"""
     max_clips: int | None = None
@@ -111,7 +111,7 @@ class Evaluate:
         from hebasr_jax.evaluate import Settings
         from hebasr_jax.longform import Cutting
 
-        cutting = Cutting(piece_s=self.piece_s)
+        cutting = Cutting(self.piece_s, search_s=self.piece_s / 3)
         return Settings(cutting, self.max_clips, self.style, self.bootstrap)
 
     def _compare(self, first: Path, second: Path, out: Path) -> int:
@@ -130,8 +130,8 @@ class Evaluate:
         from hebasr_jax.overlap import check_overlap
         from hebasr_jax.run_folder import write_json
 
-        found = {one.name: check_overlap(train, one.open().clips) for one in sets}
-        write_json(out / "overlap.json", {"train": self.check_overlap, "sets": found})
+        found = check_overlap(train, [one.open().clips for one in sets])
+        write_json(out / "overlap.json", found)
         _say(f"wrote {out / 'overlap.json'}")
 
 

@@ -9,29 +9,36 @@ from pathlib import Path
 from typing import Literal
 
 from hebasr_jax.errors import UserError
-from hebasr_jax.transcribe import Recognition
+from hebasr_jax.longform import LongRecognition
+from hebasr_jax.subtitles import Lines, to_srt, to_tsv, to_vtt
 
-Format = Literal["txt", "json"]
+Format = Literal["txt", "json", "srt", "vtt", "tsv"]
 
 
-def render(kind: Format, path: Path, result: Recognition) -> str:
+def render(kind: Format, result: LongRecognition, lines: Lines) -> str:
     """The content of one output file, ending with a newline."""
     if kind == "txt":
-        return result.transcript.text + "\n"
+        return result.text + "\n"
+    if kind == "srt":
+        return to_srt(result.segments, lines)
+    if kind == "vtt":
+        return to_vtt(result.segments, lines)
+    if kind == "tsv":
+        return to_tsv(result.segments)
     content = {
-        "file": os.fsencode(path).decode("utf-8", "replace"),
+        "file": os.fsencode(result.name).decode("utf-8", "replace"),
         "duration_s": round(result.duration_s, 3),
-        "language": result.transcript.language,
-        "text": result.transcript.text,
+        "language": result.language,
+        "text": result.text,
         "tokens": list(result.tokens),
         "segments": [
             {
-                "start_s": segment.start_s,
+                "start_s": round(segment.start_s, 3),
                 "end_s": round(segment.end_s, 3),
                 "text": segment.text,
                 "tokens": list(segment.tokens),
             }
-            for segment in result.transcript.segments
+            for segment in result.segments
         ],
         "finished": result.finished,
     }

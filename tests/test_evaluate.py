@@ -318,7 +318,7 @@ def test_training_data_are_looked_for_in_the_sets(evaluate, tmp_path) -> None:
     (tmp_path / "train" / "all.parquet").write_bytes(parquet([sound(1, 1)], {"text": ["א"]}))
     evaluate("--check-overlap", "train")
     content = json.loads((tmp_path / "out" / "overlap.json").read_text(encoding="utf-8"))
-    assert set(content["sets"]) == {"kan"}
+    assert set(content["tests"]) == {"kan"}
 
 
 def test_a_control_that_is_not_installed_is_told_before_anything_is_decoded(

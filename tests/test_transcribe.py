@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,8 @@ import pytest
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
-from memory import peak_anonymous
 from reference import noise, tiny_folder
 
-from hebasr_jax import cli
 from hebasr_jax import transcribe as module
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.errors import UserError
@@ -33,7 +30,7 @@ from hebasr_jax.transcribe import (
     load_recognizer,
     transcribe,
 )
-from hebasr_jax.writers import output_stems, render, write_whole
+from hebasr_jax.writers import output_stems, write_whole
 
 # Samples: no frame at all, one frame, one token and more; 8 s is the encoder's window.
 LENGTHS = (0, 1, 159, 160, 200, 8_000, 16_000, 128_160, 130_000, 336_000)
@@ -303,51 +300,6 @@ def test_a_text_is_written_whole_or_not_at_all(monkeypatch, tmp_path, fault) -> 
     assert isinstance(raised.value, KeyboardInterrupt) or "No space left" in str(raised.value)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
     assert (tmp_path / "new/a.txt").read_text(encoding="utf-8") == "שלום"
-
-
-def test_json_holds_what_the_design_says(free, stamped, monkeypatch) -> None:
-    content = json.loads(render("json", Path("שיחה א.wav"), free))
-    keys = ["file", "duration_s", "language", "text", "tokens", "segments", "finished"]
-    assert list(content) == keys
-    assert list(content.values()) == [
-        *("שיחה א.wav", 1.0, "Hebrew", free.transcript.text, list(free.tokens), [], False)
-    ]
-    stamps, words = stamped.tokenizer.stamps, stamped.tokenizer.encode("שלום")
-    _answer(monkeypatch, stamps.encode(0.16) + words)
-    text = render("json", Path("a.wav"), transcribe(stamped, [noise(4_001)], style=STAMPED)[0])
-    assert "שלום" in text
-    segment = {"start_s": 0.16, "end_s": 0.25, "text": "שלום", "tokens": list(words)}
-    assert json.loads(text)["segments"] == [segment]
-    undecodable = os.fsdecode(b"\xff.wav")
-    assert json.loads(render("json", Path(undecodable), free))["file"] == "\ufffd.wav"
-
-
-def test_files_are_read_an_hour_at_a_time_and_bad_ones_kept_apart(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cli, "_WINDOW_S", 2.0)
-    names = ["a.wav", "none.wav", "b.wav", "c.wav"]
-    for name in "abc":
-        soundfile.write(tmp_path / f"{name}.wav", noise(20_000), SAMPLE_RATE)
-    failed: list[str] = []
-    windows = [
-        [path.name for path, _ in window]
-        for window in cli._windows([tmp_path / name for name in names], failed)
-    ]
-    assert windows == [["a.wav", "b.wav"], ["c.wav"]]
-    assert len(failed) == 1
-    assert "none.wav: no such file" in failed[0]
-
-
-def test_ten_hours_are_refused_in_bounded_time_and_memory(tmp_path) -> None:
-    with soundfile.SoundFile(tmp_path / "long.flac", "w", 2_000, 1, "PCM_16") as file:
-        for _ in range(10):
-            file.write(np.zeros(3600 * 2_000, np.int16))
-    failed: list[str] = []
-    start = time.monotonic()
-    with peak_anonymous() as growth:
-        assert list(cli._windows([tmp_path / "long.flac"], failed)) == []
-    assert time.monotonic() - start < 8
-    assert growth[0] < 4 * 1200 * SAMPLE_RATE + 50e6
-    assert "is longer than the limit of 1200 s\nNothing is cut silently" in failed[0]
 
 
 def start(*words, **environment: str) -> subprocess.Popen:

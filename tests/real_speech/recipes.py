@@ -142,7 +142,8 @@ def make_config(run: Run, sets: Path, out: Path, shrink: float = 1.0) -> Config:
         text=Text(stamp_share=1.0 if recipe.stamps else 0.0),
         data=Data(
             train=tuple(
-                Source(name, f"{sets / name}.jsonl", share) for name, share in recipe.train
+                Source(name.replace("/", "-"), f"{sets / name}.jsonl", share)
+                for name, share in recipe.train
             ),
             dev=tuple(Source(name, str(sets / name / "test.jsonl")) for name in recipe.test),
             batch_clips=32,
