@@ -12,23 +12,21 @@ import numpy as np
 import pytest
 import soundfile
 from benchmark_fixtures import CONVERTED, GATED, REPOS, TEXTS, all_six, kan, parquet, sound
+from reference import tiny_folder
 from safetensors.numpy import load_file, save_file
 from stand_in_hub import TOKEN, child, served
 
 from hebasr_jax.cli import main
 from hebasr_jax.data.decode import as_file, read_sound
 from hebasr_jax.hypotheses import read_hypotheses, write_hypotheses
-from hebasr_jax.tiny import write_tiny_model
 from hebasr_jax.transcribe import load_recognizer, transcribe
 
 SIX = tuple(REPOS)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    write_tiny_model(folder)
-    return folder
+def tiny() -> Path:
+    return tiny_folder()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +45,9 @@ def first(tiny, tmp_path_factory):
         }
 
         def run(home: str = "home", **env: str):
-            words = ("evaluate", str(tiny), "--sets", *SIX, "--out", str(space / "out"))
-            done = child(space / home, hub, "-m", "hebasr_jax", *words, **cache, **env)
+            words = ("evaluate", str(tiny), "--out", str(space / "out"), "--piece-s", "4")
+            words = ("-m", "hebasr_jax", *words, "--sets", *SIX)
+            done = child(space / home, hub, *words, **cache, **env)
             return done, json.loads((space / "out" / "results.json").read_text(encoding="utf-8"))
 
         done, results = run()
@@ -80,7 +79,7 @@ def test_all_six_in_one_run(first) -> None:
         assert (scores["missing"], scores["withheld"], scores["max_clips"]) == (0, None, None)
         assert scores["rtfx"] == pytest.approx(scores["audio_s"] / scores["recognition_s"])
     long = read_hypotheses(first.out / "eval-d1" / "hypotheses.jsonl")
-    assert all(59.9 < row.duration_s < 60.3 and row.pieces >= 2 for row in long)
+    assert all(59.9 < row.duration_s < 60.3 and row.pieces >= 15 for row in long)
     wers = [scores["wer"] for scores in first.results["sets"].values()]
     assert first.results["macro"]["wer"] == pytest.approx(np.mean(wers))
     assert first.results["macro"]["complete"]
