@@ -19,6 +19,7 @@ from hebasr_jax.average_command import Average
 from hebasr_jax.config import Layout
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
+from hebasr_jax.evaluate_command import Evaluate
 from hebasr_jax.transcribe_command import Transcribe
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class Demo:
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "transcribe": Transcribe,
+    "evaluate": Evaluate,
     "convert": Convert,
     "prepare": Prepare,
     "train": Train,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import Choice, compare, describe, finite
@@ -28,8 +27,8 @@ from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import any_host, is_first, on_first, place_whole
 from hebasr_jax.errors import UserError
 from hebasr_jax.export import write_model
+from hebasr_jax.identity import weights_key
 from hebasr_jax.members import best_members, member_weights
-from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Config
 from hebasr_jax.run_folder import read_json, write_json, write_text
 from hebasr_jax.run_setup import Setup, open_quarantine
@@ -87,15 +86,6 @@ def finish(run: Run) -> None:
         publish(run, facts)
 
     on_first(write, "finish")  # an early exit of the other hosts would end this one
-
-
-def weights_key(params: Any) -> str:
-    """Names some weights: it changes with any bit of them."""
-    hasher = hashlib.sha256()
-    for path, leaf in flat(params).items():
-        hasher.update(path.encode())
-        hasher.update(np.ascontiguousarray(leaf).data)
-    return hasher.hexdigest()
 
 
 def choose(run: Run) -> Choice:

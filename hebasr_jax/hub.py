@@ -1,18 +1,19 @@
-"""The Hugging Face hub: find a model folder on disk, or fetch it pinned to one commit."""
+"""The Hugging Face hub: find a model or a data set on disk, or fetch it pinned to one commit."""
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hebasr_jax.errors import UserError
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # a pickle is never asked for
 _WAITS_S = (0.5, 1.0)  # between attempts; huggingface_hub resumes and retries each file itself
 _TIMEOUT_S = 10.0
-_ACCESS = (
-    "For a gated model accept the terms on its hub page; then `hf auth login`, or set HF_TOKEN."
-)
+_CONVERTED = "refs/convert/parquet"  # where the hub keeps parquet files that it made itself
+_ACCESS = "If it is gated accept the terms on its hub page; then `hf auth login`, or set HF_TOKEN."
 _NETWORK = "Check the network; or give a commit that was fetched before, or a local folder."
 
 
@@ -25,12 +26,33 @@ class ModelFolder:
     revision: str | None
 
 
-def find_model(source: str, *, revision: str | None = None) -> ModelFolder:
+@dataclass(frozen=True)
+class DatasetFiles:
+    """Parquet files of one split of a data set, and their hub commit (None: local files)."""
+
+    paths: tuple[Path, ...]
+    revision: str | None
+
+
+class NoAccess(UserError):
+    """The hub refuses: a gated data set can be left out, with the remedy told."""
+
+
+class _NoRevision(UserError):
+    pass
+
+
+def find_model(
+    source: str, *, revision: str | None = None, files: Sequence[str] = _FILES
+) -> ModelFolder:
     """Take an existing folder as it is; fetch a hub id `org/name` at a branch, tag or commit.
 
     The revision (default: the main branch) is resolved to a commit first and that commit is
     fetched, so all files are of one version. The token comes from HF_TOKEN or the hub login.
     Raises UserError for what is not there, not allowed, or not reached after a few attempts.
+
+    Args:
+      files: patterns of the names to fetch.
     """
     path = Path(source)
     if path.is_dir():
@@ -43,7 +65,64 @@ def find_model(source: str, *, revision: str | None = None) -> ModelFolder:
     if not is_hub_id(source):
         why = "There is no such folder, and a hub id has the form org/name."
         raise UserError(f"{source}: no such model", why, "Check the path.")
-    return _fetch(source, revision)
+    folder, commit = _fetch(source, revision, files, "model")
+    if not folder.is_dir():
+        raise UserError(f"{source}: has no file of a model", f"Looked for {[*files]}.")
+    return ModelFolder(folder, source, commit)
+
+
+def find_dataset(
+    source: str, config: str | None, split: str, *, revision: str | None = None
+) -> DatasetFiles:
+    """The parquet files of a split: those of a local folder (or file), or of a hub data set.
+
+    Where the data set's main branch has none, the hub's own conversion is taken. Files of other
+    configs and splits are not asked for. Commits, token and errors as in `find_model`; a set
+    that the hub refuses to give is a `NoAccess`. A split of which a part is absent is an error.
+    """
+    path = Path(source).expanduser()
+    if path.exists() or not is_hub_id(source):
+        if not path.exists():
+            raise UserError(f"{source}: no such file or folder", "", "Check the path.")
+        files = [path] if path.is_file() else _of_split(path, source, config, split)
+        files = files or _of_split(path, source, None, split)  # the folder of the config alone
+        if not files:
+            raise _no_split(source, config, split)
+        return DatasetFiles(tuple(files), None)
+    wanted = f"{config}/{split}*.parquet" if config else f"{split}*.parquet"
+    for branch in [revision] if revision else [None, _CONVERTED]:
+        try:
+            folder, commit = _fetch(source, branch, [wanted, f"*/{wanted}"], "dataset")
+        except _NoRevision:
+            if branch == _CONVERTED:
+                break
+            raise
+        if files := _of_split(folder, source, config, split):
+            return DatasetFiles(tuple(files), commit)
+    raise _no_split(source, config, split)
+
+
+def _of_split(folder: Path, source: str, config: str | None, split: str) -> list[Path]:
+    """`data/SPLIT-00000-of-00002-HASH.parquet`, `CONFIG/SPLIT/0000.parquet` and the like."""
+    named = re.compile(rf"{re.escape(split)}(?:-\d+-of-(\d+)(?:-[0-9a-f]+)?)?\.parquet")
+    files, totals = [], set()
+    for file in sorted(folder.rglob("*.parquet")):
+        *above, name = file.relative_to(folder).parts
+        match = named.fullmatch(name)
+        of_config = config in above if config else not {*above} - {"data", "default", split}
+        if of_config and (match or above[-1:] == [split]):
+            files.append(file)
+            totals |= {int(match[1])} if match and match[1] else set()
+    if totals and totals != {len(files)}:
+        why = f"{len(files)} files are there, and by their names {max(totals)} belong together."
+        raise UserError(f"{source}: its split {split} is not whole", why, "Fetch it anew.")
+    return files
+
+
+def _no_split(source: str, config: str | None, split: str) -> UserError:
+    what = f"{source}: has no parquet file of the split {split}"
+    why = "Looked for SPLIT-00000-of-00001.parquet, SPLIT.parquet and SPLIT/0000.parquet"
+    return UserError(what, f"{why}, in a folder {config}." if config else f"{why}.")
 
 
 def is_hub_id(source: str) -> bool:
@@ -58,7 +137,10 @@ def is_hub_id(source: str) -> bool:
     return source.count("/") == 1
 
 
-def _fetch(source: str, revision: str | None) -> ModelFolder:
+def _fetch(
+    source: str, revision: str | None, files: Sequence[str], kind: Literal["model", "dataset"]
+) -> tuple[Path, str]:
+    """The folder with the files of these patterns (which may not exist), and its commit."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever is in use
 
@@ -66,17 +148,22 @@ def _fetch(source: str, revision: str | None) -> ModelFolder:
         try:
             commit = revision
             if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
-                commit = HfApi().model_info(source, revision=revision, timeout=_TIMEOUT_S).sha
-            path = Path(snapshot_download(source, revision=commit, allow_patterns=_FILES))
+                commit = (
+                    HfApi()
+                    .repo_info(source, revision=revision, repo_type=kind, timeout=_TIMEOUT_S)
+                    .sha
+                )
+            folder = snapshot_download(
+                source, revision=commit, repo_type=kind, allow_patterns=[*files]
+            )
         except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's downloads
             fault = _final_fault(source, revision, error)
             if fault or wait_s is None:
                 raise fault or _unreachable(source, error) from error
             time.sleep(wait_s)
         else:
-            if not path.is_dir():
-                raise UserError(f"{source}: has no file of a model", f"Looked for {_FILES}.")
-            return ModelFolder(path, source, commit)
+            assert commit is not None  # a branch of the hub has one
+            return Path(folder), commit
     raise AssertionError("unreachable")
 
 
@@ -87,12 +174,12 @@ def _final_fault(source: str, revision: str | None, error: BaseException) -> Use
     status = status_of(error)
     if isinstance(error, RevisionNotFoundError):
         do = "Check the branch, tag or commit on its hub page."
-        return UserError(f"{source}: has no revision {revision}", "", do)
+        return _NoRevision(f"{source}: has no revision {revision}", "", do)
     if status in (401, 403):
         why = "It is gated or private, or it does not exist: the hub does not tell which."
-        return UserError(f"{source}: the hub gives no access (HTTP {status})", why, _ACCESS)
+        return NoAccess(f"{source}: the hub gives no access (HTTP {status})", why, _ACCESS)
     if status == 404:
-        why = "There is no such folder here and no such model on the hub."
+        why = "There is no such folder here, and nothing of the name on the hub."
         return UserError(f"{source}: not found", why, "Check the name.")
     if status == 429:
         why = "The hub limits requests (HTTP 429)."

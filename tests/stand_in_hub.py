@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: one model repository behind a real HTTP server.
+"""A stand-in for the Hugging Face hub: one model and any data sets behind a real HTTP server.
 
 It speaks what reading and writing need: commits, trees, files with ranges, the LFS batch protocol.
 """
@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 MODEL = "org/asr-he"
 TOKEN = "hf_stand_in_token_never_shown"
@@ -51,6 +52,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.commits: dict[str, dict[str, bytes]] = {}
         self.refs: dict[str, str] = {}
+        self.datasets: dict[str, dict[str, str]] = {}  # refs of each
+        self.gated: set[str] = set()  # data sets whose files need a token
         self.objects: dict[str, bytes] = {}  # of the large file storage
         self.faults: dict[str, list[tuple[int, dict[str, str]]]] = {}
         self.log: list[tuple[str, str, str]] = []  # method, path, Range or Authorization
@@ -71,6 +74,12 @@ class Hub(ThreadingHTTPServer):
         self.commits[self.refs["main"]] = files
         return self.refs["main"]
 
+    def push_dataset(self, repo: str, files: dict[str, bytes], ref: str = "main") -> str:
+        sha = sha_of(files)
+        self.commits[sha] = files
+        self.datasets.setdefault(repo, {})[ref] = sha
+        return sha
+
     def asked(self, pattern: str) -> list[tuple[str, str, str]]:
         return [entry for entry in self.log if re.search(pattern, " ".join(entry))]
 
@@ -89,12 +98,14 @@ class Handler(BaseHTTPRequestHandler):
         path = self.begin()
         if path is None:
             return None
-        if match := re.fullmatch(f"/api/models/{MODEL}(?:/revision/(.+))?", path):
-            return self.info(match[1] or "main")
-        if match := re.fullmatch(f"/api/models/{MODEL}/tree/(.+)", path):
-            return self.tree(match[1])
-        if match := re.fullmatch(f"/{MODEL}/resolve/([0-9a-f]+)/(.+)", path):
-            return self.file(match[1], match[2])
+        if match := re.fullmatch("/api/(?:models|datasets)/(.+?)/tree/(.+)", path):
+            return self.tree(match[1], unquote(match[2]))
+        if match := re.fullmatch("/api/(?:models|datasets)/(.+?/.+?)(?:/revision/(.+))?", path):
+            return self.info(match[1], unquote(match[2] or "main"))
+        if match := re.fullmatch("(?:/datasets)?/(.+)/resolve/([0-9a-f]+)/(.+)", path):
+            if match[1] in self.server.gated and not self.headers.get("Authorization"):
+                return self.answer(401, {"X-Error-Code": "GatedRepo"})
+            return self.file(match[2], unquote(match[3]))
         return self.answer(404, {"X-Error-Code": "RepoNotFound"})
 
     def do_POST(self) -> None:
@@ -157,20 +168,25 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return data
 
-    def info(self, ref: str) -> None:
-        sha = self.server.refs.get(ref, ref)
-        if sha not in self.server.commits:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        return self.answer_json({"id": MODEL, "sha": sha, "siblings": []})
+    def commit_of(self, repo: str, ref: str) -> str | None:
+        """The commit that a repository has under a ref or the like; else that has been answered."""
+        refs = self.server.refs if repo == MODEL else self.server.datasets.get(repo)
+        sha = (refs or {}).get(ref, ref)
+        if refs is None or sha not in self.server.commits:
+            kind = "RepoNotFound" if refs is None else "RevisionNotFound"
+            return self.answer(404, {"X-Error-Code": kind})
+        return sha
 
-    def tree(self, ref: str) -> None:
-        sha = self.server.refs.get(ref, ref)
-        if sha not in self.server.commits:
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        files = self.server.commits[sha].items()
-        return self.answer_json(
-            [{"type": "file", "path": n, "size": len(d), "oid": oid_of(n, d)} for n, d in files]
-        )
+    def info(self, repo: str, ref: str) -> None:
+        if sha := self.commit_of(repo, ref):
+            self.answer_json({"id": repo, "sha": sha, "siblings": []})
+
+    def tree(self, repo: str, ref: str) -> None:
+        if sha := self.commit_of(repo, ref):
+            files = self.server.commits[sha].items()
+            self.answer_json(
+                [{"type": "file", "path": n, "size": len(d), "oid": oid_of(n, d)} for n, d in files]
+            )
 
     def file(self, sha: str, name: str) -> None:
         data = self.server.commits[sha][name]
@@ -231,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         """`{"drop": bytes}` sends the right head of a file, so many bytes of it, and hangs up."""
         if "drop" in headers:
-            sha, name = self.path.split("?")[0].split("/")[-2:]
+            sha, name = unquote(self.path.split("?")[0]).split("/resolve/")[1].split("/", 1)
             body = self.server.commits[sha][name]
         self.send_response(status)
         for key, value in headers.items():

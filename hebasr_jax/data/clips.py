@@ -40,6 +40,7 @@ class ClipSet:
     read: from a clip's index to its int16 samples at 16 kHz; raises `BadClip`. Thread-safe.
     fingerprint: sha256 of everything in `clips` and of where the audio lies.
     bad: rows that are no clip at all (id or line, `BadClip`); they count as bad clips.
+    files: absolute, of each clip, what holds its sound and no other; "" where there is none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ClipSet:
     fingerprint: str
     bad: tuple[tuple[str, BadClip], ...] = ()
     share: float | None = None
+    files: tuple[str, ...] = ()
 
 
 @struct.dataclass

@@ -53,7 +53,9 @@ def parse_line(line: bytes) -> dict[str, Any]:
     return row
 
 
-def parse_row(row: dict[str, Any], columns: Columns, folder: Path) -> tuple[Clip, Place]:
+def parse_row(
+    row: dict[str, Any], columns: Columns, folder: Path, *, null_is_empty: bool = False
+) -> tuple[Clip, Place]:
     """A row (design.md 4.7) as a clip and its place; raises `BadClip`.
 
     `columns` names the fields; dots reach into objects (`metadata.duration`). Relative audio paths
@@ -63,6 +65,8 @@ def parse_row(row: dict[str, Any], columns: Columns, folder: Path) -> tuple[Clip
     """
     place = _place(row, columns, folder)
     text = field(row, columns.text)
+    if text is None and null_is_empty:
+        text = ""
     if text is _NOTHING or text is None:
         raise BadClip(f"has no {columns.text!r}", f"its fields are {', '.join(row)}")
     if not isinstance(text, str):

@@ -69,17 +69,23 @@ def is_there(source: Source) -> bool:
     return path.exists() or bool(glob.glob(str(path), recursive=True))
 
 
-def open_source(source: Source) -> ClipSet:
+def open_source(
+    source: Source, *, files: Sequence[Path] = (), null_is_empty: bool = False
+) -> ClipSet:
     """Reads what is known of a set's clips; audio is left where it is.
 
     A row that is no clip, whose file is missing, or whose length cannot be told goes to `bad`, as
     does the second row with an id. `read` gives at most round(duration_s * 16000) samples. The
     fingerprint takes in all fields of the clips, audio names as written, and sizes of files.
     Raises UserError for a set that cannot be read, has no valid clip, no row of its split, or
-    lacks a column that `source.columns` names.
+    lacks a column that `source.columns` names; a column named "" is none.
+
+    Args:
+      files: parquet files to read, instead of those that `source.path` names.
+      null_is_empty: a text that is null counts as an empty one; else such a row is bad.
     """
-    table = _table(source)
-    rows, bad = _parse(source, table)
+    table = _table(source, files)
+    rows, bad = _parse(source, table, null_is_empty)
     read, measure = _readers(table.audio_column)
     sizes = dict(_in_threads(lambda file: (file, _size(file)), {row.place.file for row in rows}))
 
@@ -109,6 +115,7 @@ def open_source(source: Source) -> ClipSet:
         fingerprint=_fingerprint(clips, places, sizes),
         bad=tuple(bad),
         share=source.share,
+        files=tuple("" if p.row is not None or p.piece else str(p.file.absolute()) for p in places),
     )
 
 
@@ -135,9 +142,12 @@ def describe(clip_set: ClipSet) -> str:
     return told + (f"; {len(clip_set.bad):,} rows lost: {lost}" if lost else "; no row lost")
 
 
-def _table(source: Source) -> _Table:
+def _table(source: Source, files: Sequence[Path]) -> _Table:
     path = Path(source.path).expanduser()
     columns = source.columns
+    if files:
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        return _Table(_parquet_table(files, folder, columns), columns, folder, columns.audio)
     if (path / SET_FILE).is_file():
         rows = _parsed(shard_rows(path))
         return _Table(rows, Columns(), path, Columns.audio)
@@ -197,13 +207,15 @@ def _parsed(lines: Iterable[tuple[str, bytes]]) -> Rows:
             yield where, fault
 
 
-def _parse(source: Source, table: _Table) -> tuple[list[_Found], list[tuple[str, BadClip]]]:
+def _parse(
+    source: Source, table: _Table, null_is_empty: bool
+) -> tuple[list[_Found], list[tuple[str, BadClip]]]:
     """Rows of the split as clips, and what is none."""
     rows: list[_Found] = []
     bad: list[tuple[str, BadClip]] = []
     others: set[str] = set()
     named = zip(astuple(table.columns), astuple(Columns()), strict=True)
-    unseen = {path for path, usual in named if path != usual}
+    unseen = {path for path, usual in named if path not in (usual, "")}
     names: list[str] = []
     for where, row in table.rows:
         try:
@@ -214,7 +226,8 @@ def _parse(source: Source, table: _Table) -> tuple[list[_Found], list[tuple[str,
             if source.split is not None and row.get("split") != source.split:
                 others.add(str(row.get("split")))
                 continue
-            rows.append(_Found(where, *parse_row(row, table.columns, table.folder)))
+            clip, place = parse_row(row, table.columns, table.folder, null_is_empty=null_is_empty)
+            rows.append(_Found(where, clip, place))
         except BadClip as fault:
             bad.append((where, fault))
     if unseen and names:
