@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from reference import make_inputs, noise, tiny_folder
 
 from hebasr_jax import slots
@@ -18,9 +16,10 @@ from hebasr_jax.slots import Decoded, Utterance, decode_all
 from hebasr_jax.text import PromptStyle, build_prompt
 from hebasr_jax.transcribe import Recognizer, load_recognizer
 
-# Two classes of slots, several buckets in each, two clips of one length.
-LENGTHS = (3_000, 16_000, 16_000, 21_000, 40_000, 48_100, 70_000, 90_000, 100_000)
+# Two classes of slots, two buckets in the first, two clips of one length; each shape is compiled.
+LENGTHS = (3_000, 16_000, 16_000, 60_000, 64_000, 62_000, 61_000, 70_000, 80_000)
 BUDGETS = (5, 12, 3, 9, 1, 20, 7, 16, 11)
+ORDERS = (range(9), (8, 3, 0, 7, 2, 5, 6, 1, 4))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def recognizer() -> Recognizer:
 def utterances(recognizer) -> list[Utterance]:
     """Clips of several lengths, prompts and budgets."""
     prompts = [
-        build_prompt(recognizer.tokenizer, PromptStyle(), context=text) for text in ("", "שלום")
+        build_prompt(recognizer.tokenizer, PromptStyle(), context=text) for text in ("תודה", "שלום")
     ]
     return [
         Utterance(noise(samples, n), prompts[n % 2], budget)
@@ -82,20 +81,14 @@ def _same(found: Decoded, expected: Decoded, end: int | None = None) -> None:
     np.testing.assert_allclose(found.logprobs_G, expected.logprobs_G[:count], atol=1e-5)
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    order=st.permutations(range(len(LENGTHS))), rows=st.sampled_from([1, 2, 4, 16]), data=st.data()
-)
-def test_any_batch_and_order_equals_each_alone(
-    recognizer, utterances, alone, end, order, rows, data
-):
+@pytest.mark.parametrize(("rows", "ends"), [(1, False), (4, True), (16, True)])
+def test_any_batch_and_order_equals_each_alone(recognizer, utterances, alone, end, rows, ends):
     """Fewer slots than utterances: rows that end are refilled, in the ring and out of step."""
-    count = data.draw(st.integers(1, len(order)))
-    ends = data.draw(st.booleans())
-    some = [utterances[i] for i in order[:count]]
-    found = _decode(recognizer, some, (end,) if ends else (), audio_s=4.0 * rows)
-    for i, row in zip(order, found, strict=False):
-        _same(row, alone[i], end if ends else None)
+    for order in ORDERS:
+        some = [utterances[i] for i in order]
+        found = _decode(recognizer, some, (end,) if ends else (), audio_s=4.0 * rows)
+        for i, row in zip(order, found, strict=True):
+            _same(row, alone[i], end if ends else None)
 
 
 def test_rows_are_refilled_while_others_run(recognizer, utterances, alone, monkeypatch) -> None:
@@ -122,7 +115,7 @@ def test_log_probabilities_are_those_of_the_full_forward(recognizer, utterances)
     for temperature in (0.0, 0.7):
         some = [
             replace(u, budget=12, temperature=temperature, seed=n)
-            for n, u in enumerate(utterances[:4])
+            for n, u in enumerate(utterances[3:7])
         ]
         found = _decode(recognizer, some)
         texts = [
@@ -146,10 +139,10 @@ def test_draws_follow_from_the_seed_alone(recognizer, utterances) -> None:
     first = _decode(recognizer, drawn)
     assert first[0].tokens == first[2].tokens
     assert len({row.tokens for row in first}) == 3
-    mixed = _decode(recognizer, [*utterances, *drawn[::-1]], audio_s=8.0)
+    mixed = _decode(recognizer, [*utterances[3:7], *drawn[::-1]], audio_s=16.0)
     assert [row.tokens for row in mixed[:-5:-1]] == [row.tokens for row in first]
     greedy = _decode(recognizer, utterances[5:6])[0]
-    assert mixed[5].tokens == greedy.tokens
+    assert mixed[2].tokens == greedy.tokens
     cold = _decode(recognizer, [replace(utterances[5], temperature=1e-4, seed=3)])[0]
     assert cold.tokens == greedy.tokens
 
