@@ -265,10 +265,12 @@ def served(files: dict[str, bytes] | None = FILES) -> Iterator[Hub]:
     server = Hub(files)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def start(home: Path, endpoint: str | Hub, *words: str, **env: str) -> subprocess.Popen:
