@@ -71,11 +71,15 @@ class Settings:
     seed: int = 0
 
 
-def system_of(recognizer: Recognizer, *, batch_audio_s: float | None = None) -> System:
+def system_of(
+    recognizer: Recognizer, *, beams: int = 1, batch_audio_s: float | None = None
+) -> System:
     """A loaded model that decodes as `transcribe` does."""
 
     def decode(waves: Sequence[np.ndarray], contexts: Sequence[str]) -> list[Recognition]:
-        return transcribe(recognizer, waves, context=contexts, batch_audio_s=batch_audio_s)
+        return transcribe(
+            recognizer, waves, context=contexts, beams=beams, batch_audio_s=batch_audio_s
+        )
 
     compute, about = recognizer.compute, environment()
     named = {
@@ -83,6 +87,7 @@ def system_of(recognizer: Recognizer, *, batch_audio_s: float | None = None) -> 
         "tokenizer": hashlib.sha256(recognizer.tokenizer.full.to_str().encode()).hexdigest(),
         "dtype": np.dtype(compute.dtype).name,
         "attention": str(compute.kernel),
+        "beams": beams,
         "versions": about["packages"],
         "code": code_version(imports_of("transcribe", "longform", "data.decode")),
     }

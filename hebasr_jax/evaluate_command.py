@@ -51,6 +51,8 @@ class Evaluate:
     """by default bfloat16 on a GPU, else float32"""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """attention kernel; one that cannot be had is an error"""
+    beams: int = 1
+    """hypotheses of a beam search; 1 takes the best token each time"""
     batch_audio_s: float | None = None
     """seconds of audio decoded together on each device; by default 240, and 4096 on a GPU"""
     revision: str | None = None
@@ -68,7 +70,7 @@ class Evaluate:
         if self.model is None or self.out is None:
             do = "hebasr evaluate MODEL --sets eval-d1 --out DIR, or --compare A B"
             raise UserError("evaluate needs a MODEL and --out", do=do)
-        for name in ("piece_s", "batch_audio_s", "max_clips", "bootstrap"):
+        for name in ("piece_s", "beams", "batch_audio_s", "max_clips", "bootstrap"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive")
         from hebasr_jax.eval_sets import choose_sets
@@ -90,7 +92,7 @@ class Evaluate:
             model, revision=self.revision, dtype=self.dtype, kernel=self.attention
         )
         _say(f"{model}: {recognizer.description}")
-        system = system_of(recognizer, batch_audio_s=self.batch_audio_s)
+        system = system_of(recognizer, beams=self.beams, batch_audio_s=self.batch_audio_s)
         settings, again = self._settings(), self.overwrite
         results, failed = run_sets(system, sets, out, settings, overwrite=again, say=_say)
         done = [one for one in sets if one.name in results["sets"]]

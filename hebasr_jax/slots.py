@@ -8,7 +8,7 @@ exchanged between them, so that decoding needs no collective and no equal length
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float
 
 from hebasr_jax.audio import SAMPLE_RATE
+from hebasr_jax.beam import Beams, generate_beam
 from hebasr_jax.config import CHUNK_TOKENS, ModelConfig
 from hebasr_jax.features import log_mel
 from hebasr_jax.generate import Choice, Slots, decode, empty_slots, fill
@@ -122,6 +123,46 @@ def decode_all(
         if decoded is None:
             return None
         found.update(zip(members, decoded, strict=True))
+    return [found[i] for i in range(len(utterances))]
+
+
+def search_all(
+    params: Params,
+    utterances: Sequence[Utterance],
+    *,
+    beams: int,
+    config: ModelConfig,
+    compute: Compute,
+    mesh: Mesh,
+    end_ids: tuple[int, ...],
+    batch_audio_s: float,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Decoded] | None:
+    """As `decode_all`, by beam search: the best of `beams` hypotheses by mean log-probability.
+
+    In whole batches, without refilling. Temperatures do not count. The log-probability of each
+    token is the mean of its hypothesis.
+    """
+    found: dict[int, Decoded] = {}
+    program = _Program(config, compute, mesh, end_ids, sample=False)
+    for audio_s, members in classes([len(u.wave_S) for u in utterances]).items():
+        some = [utterances[i] for i in members]
+        shape = _shape(some, audio_s, mesh.size, batch_audio_s / beams)
+        shape = replace(shape, fill_rows=shape.rows)
+        each = mesh.size * shape.rows
+        for start in range(0, len(some), each):
+            if stopped():
+                return None
+            which = range(start, start + each)
+            entries = _entries(some, which, shape, program)
+            best = _search(params, entries, program, shape.budget, beams)
+            told = best.tokens_BWG, best.lengths_BW, best.scores_BW, best.finished_BW
+            tokens, lengths, scores, finished = (x[:, 0] for x in jax.device_get(told))
+            for m, i in zip(_dealt(which, shape, mesh.size), which, strict=True):
+                if i < len(some):
+                    new = tuple(tokens[m, : lengths[m]].tolist())
+                    logprobs_G = np.full(len(new), scores[m])
+                    found[members[i]] = Decoded(new, logprobs_G, bool(finished[m]))
     return [found[i] for i in range(len(utterances))]
 
 
@@ -270,15 +311,10 @@ def _fill(params: Params, slots: Slots, entries: _Entries, row_M: Any, program: 
     """Features, prefill and first tokens of the entries, put into their rows."""
 
     def on_one(params: Params, slots: Slots, entries: _Entries, row_M: Any) -> Slots:
-        with jax.named_scope("features"):
-            mel_BTM, frames_B = log_mel(
-                entries.wave_MS, entries.samples_M, mel_bins=program.config.encoder.mel_bins
-            )
-        text = entries.text_MX, entries.text_lengths_M, entries.audio_at_M
         return fill(
             bind(params, program.config, program.compute),
             slots,
-            Inputs(mel_BTM, frames_B, *text),
+            _inputs(entries, program),
             row_M,
             entries.budget_M,
             entries.choice,
@@ -298,9 +334,37 @@ def _decode(params: Params, slots: Slots, leave: Any, program: _Program) -> Slot
     return _on_each_device(on_one, program, whole=2, cut=1)(params, leave, slots)
 
 
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _search(
+    params: Params, entries: _Entries, program: _Program, most_tokens: int, beams: int
+) -> Beams:
+    def on_one(params: Params, entries: _Entries) -> Beams:
+        return generate_beam(
+            bind(params, program.config, program.compute),
+            _inputs(entries, program),
+            entries.budget_M,
+            beams=beams,
+            length_penalty=1.0,
+            end_ids=program.end_ids,
+            max_new_tokens=most_tokens,
+        )
+
+    return _on_each_device(on_one, program, whole=1, cut=1)(params, entries)
+
+
+def _inputs(entries: _Entries, program: _Program) -> Inputs:
+    with jax.named_scope("features"):
+        mel_BTM, frames_B = log_mel(
+            entries.wave_MS, entries.samples_M, mel_bins=program.config.encoder.mel_bins
+        )
+    return Inputs(
+        mel_BTM, frames_B, entries.text_MX, entries.text_lengths_M, audio_at_B=entries.audio_at_M
+    )
+
+
 def _on_each_device(
-    function: Callable[..., Slots], program: _Program, whole: int = 0, cut: int = 0
-) -> Callable[..., Slots]:
+    function: Callable[..., Any], program: _Program, whole: int = 0, cut: int = 0
+) -> Callable[..., Any]:
     """The function on each device's own rows; its first arguments are whole on all devices."""
     return jax.shard_map(
         function,

@@ -27,7 +27,7 @@ from hebasr_jax.model.attention import Kernel, pick_kernel
 from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.sharding import local_mesh, replicated
-from hebasr_jax.slots import Decoded, Utterance, decode_all
+from hebasr_jax.slots import Decoded, Utterance, decode_all, search_all
 from hebasr_jax.text import (
     PromptStyle,
     TextTokenizer,
@@ -174,6 +174,7 @@ def transcribe(
     context: str | Sequence[str] = "",
     max_new_tokens: int | None = None,
     batch_audio_s: float | None = None,
+    beams: int = 1,
     retries: int = len(RETRY_TEMPERATURES),
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Recognition]:
@@ -187,8 +188,9 @@ def transcribe(
       max_new_tokens: budget of every clip; None is 8 a second plus 16.
       batch_audio_s: seconds of audio decoded together on each device; memory, not results,
         depends on it. None is 240, and 4096 on a GPU.
+      beams: hypotheses that a beam search keeps; 1 takes the best token each time.
       retries: how often a text that goes round in circles (`goes_round`) is decoded again, at the
-        temperatures of RETRY_TEMPERATURES. When all do, the greedy one stays.
+        temperatures of RETRY_TEMPERATURES, without beams. When all do, the first one stays.
       stopped: asked now and then; when it says so the result is an empty list.
 
     Raises:
@@ -206,7 +208,7 @@ def transcribe(
         if len(wave) >= HOP:
             utterances[i] = utterance
     decode = partial(_decode, recognizer, batch_audio_s=batch_audio_s, stopped=stopped)
-    decoded = decode(utterances)
+    decoded = decode(utterances, beams=beams)
     circling = {i for i, row in decoded.items() if retries and goes_round(row.tokens)}
     open_ = circling
     for attempt, temperature in enumerate(RETRY_TEMPERATURES[:retries]):
@@ -229,12 +231,14 @@ def _decode(
     *,
     batch_audio_s: float | None,
     stopped: Callable[[], bool],
+    beams: int = 1,
 ) -> dict[int, Decoded]:
     """What each utterance gave; nothing when `stopped` says so."""
     if not utterances:
         return {}
     platform = recognizer.mesh.devices.flat[0].platform
-    decoded = decode_all(
+    run = partial(search_all, beams=beams) if beams > 1 else decode_all
+    decoded = run(
         recognizer.params,
         list(utterances.values()),
         config=recognizer.config,

@@ -62,6 +62,8 @@ class Transcribe:
     """by default bfloat16 on a GPU, else float32"""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """attention kernel; one that cannot be had is an error"""
+    beams: int = 1
+    """hypotheses of a beam search; 1 takes the best token each time"""
     batch_audio_s: float | None = None
     """seconds of audio decoded together on each device; by default 240, and 4096 on a GPU"""
     revision: str | None = None
@@ -107,7 +109,7 @@ class Transcribe:
 
         _require(bool(self.inputs), "no audio files given", "name files, folders or globs")
         _require(bool(self.format), "--format names nothing to write", "name txt, json, srt, ...")
-        for flag in ("max_new_tokens", "max_line_width", "max_line_count"):
+        for flag in ("max_new_tokens", "max_line_width", "max_line_count", "beams"):
             value = getattr(self, flag)
             name = flag.replace("_", "-")
             _require(value is None or value > 0, f"--{name} must be at least 1")
@@ -141,6 +143,7 @@ class Transcribe:
                 context=[f"{self.context} {text}" for text in before],
                 max_new_tokens=self.max_new_tokens,
                 batch_audio_s=self.batch_audio_s,
+                beams=self.beams,
             )
             heard(sum(map(len, waves)) / SAMPLE_RATE)
             return results

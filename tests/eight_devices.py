@@ -1,4 +1,4 @@
-"""Run in a process with 8 simulated CPU devices: the step on a mesh of 1 and of 8.
+"""Run in a process with 8 simulated CPU devices: the step and decoding on a mesh of 1 and of 8.
 
 Prints one JSON object; tests/test_sharding.py reads it.
 """
@@ -8,13 +8,17 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from reference import noise, tiny_folder
 from test_train_step import ALL, make_batch, make_step
 
 from hebasr_jax.distributed import place_rows, place_whole
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Group
-from hebasr_jax.sharding import bytes_per_device, make_mesh, rows, shardings
+from hebasr_jax.sharding import bytes_per_device, make_mesh, replicated, rows, shardings
+from hebasr_jax.slots import Utterance, decode_all
+from hebasr_jax.text import Prompt
 from hebasr_jax.train_step import compile_step
+from hebasr_jax.transcribe import load_recognizer
 
 BATCHES = [make_batch([32000, 9000, 20011, 5000] * 4, seed=seed) for seed in range(3)]
 
@@ -43,6 +47,25 @@ def run(devices: int, **changes) -> dict:
     }
 
 
+def heard(devices: int) -> list:
+    """40 clips through two slots on each device: rows are refilled on all of them."""
+    recognizer = replace(load_recognizer(str(tiny_folder())), mesh=make_mesh(devices))
+    utterances = [
+        Utterance(noise(16_000 + 400 * n, n), Prompt((9, 8, 7), (6, 5)), 1 + n % 13, n % 2 * 0.9, n)
+        for n in range(40)
+    ]
+    found = decode_all(
+        jax.device_put(recognizer.params, replicated(recognizer.mesh)),
+        utterances,
+        config=recognizer.config,
+        compute=recognizer.compute,
+        mesh=recognizer.mesh,
+        end_ids=(),
+        batch_audio_s=8.0,
+    )
+    return [row.tokens for row in found]
+
+
 def main() -> None:
     assert jax.device_count() == 8
     single = run(1)
@@ -59,6 +82,7 @@ def main() -> None:
         }
         found[name] = {key: many[key] for key in ("losses", "norms", "bytes", "cut")}
         found[name]["worst"] = max(errors.values())
+    found["heard"] = [heard(devices) for devices in (1, 8)]
     print(json.dumps(found))
 
 

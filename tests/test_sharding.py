@@ -41,6 +41,12 @@ def test_eight_devices_equal_one(found, name) -> None:
     assert many["worst"] < 1e-3
 
 
+def test_eight_devices_hear_what_one_hears(found) -> None:
+    one, eight = found["heard"]
+    assert [len(tokens) for tokens in one] == [1 + n % 13 for n in range(40)]
+    assert eight == one
+
+
 def test_weights_and_moments_are_cut_over_the_devices(found) -> None:
     assert found["step"]["cut"] > 50
     assert found["step"]["bytes"] < 0.35 * found["single"]["bytes"]  # the tiny tables do not divide

@@ -12,7 +12,7 @@ from reference import make_inputs, noise, tiny_folder
 from hebasr_jax import slots
 from hebasr_jax.model.asr import bind
 from hebasr_jax.model.layers import Compute
-from hebasr_jax.slots import Decoded, Utterance, decode_all
+from hebasr_jax.slots import Decoded, Utterance, decode_all, search_all
 from hebasr_jax.text import PromptStyle, build_prompt
 from hebasr_jax.transcribe import Recognizer, load_recognizer
 
@@ -161,6 +161,27 @@ def test_first_draws_have_the_models_frequencies(recognizer, utterances) -> None
     for token in np.argsort(-share_V)[:5]:
         error = np.sqrt(share_V[token] * (1 - share_V[token]) / draws)
         assert abs(count_V[token] / draws - share_V[token]) < 4 * error
+
+
+def test_a_beam_search_in_batches_equals_one_alone(recognizer, utterances) -> None:
+    """Of several batches and classes; and its best is no worse than the greedy text."""
+    some = [replace(utterances[i], budget=6) for i in (8, 1, 4, 2, 0)]
+    options = {
+        "config": recognizer.config,
+        "compute": recognizer.compute,
+        "mesh": recognizer.mesh,
+        "end_ids": (),
+        "beams": 3,
+    }
+    found = search_all(recognizer.params, some, batch_audio_s=24.0, **options)
+    (alone,) = search_all(recognizer.params, some[2:3], batch_audio_s=24.0, **options)
+    assert found[2].tokens == alone.tokens
+    greedy = _decode(recognizer, some)
+    for best, first in zip(found, greedy, strict=True):
+        assert len(best.tokens) == 6
+        assert not best.finished
+        assert best.logprobs_G.mean() >= first.logprobs_G.mean() - 1e-4
+    assert any(best.tokens != first.tokens for best, first in zip(found, greedy, strict=True))
 
 
 def test_a_signal_ends_it(recognizer, utterances) -> None:
