@@ -10,7 +10,7 @@ import pytest
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.data.clips import BadClip, Clip, ClipSet
-from hebasr_jax.data.fingerprint import HOP, build_index, find_copies, fingerprint
+from hebasr_jax.data.fingerprint import HOP, MIN_SHARE, build_index, find_copies, fingerprint
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.overlap import check_overlap, describe_overlap, write_overlap
 from hebasr_jax.run_config import Source
@@ -89,6 +89,21 @@ def test_two_seconds_in_common_are_enough(recording, start_s) -> None:
     (match,) = find_copies(build_index([fingerprint(one)]), fingerprint(other))
     assert match.start_s < 7.1
     assert match.end_s > 8.9
+
+
+def test_the_score_is_the_share_of_equal_bits_and_the_least_share_is_kept(recording) -> None:
+    piece = recording[160_000:240_000]
+    index = build_index([fingerprint(recording)])
+    scores = [
+        max([match.score for match in find_copies(index, fingerprint(wave), 0.6)], default=0.0)
+        for wave in (piece, *(add_noise(piece, snr_db) for snr_db in range(25, -6, -2)))
+    ]
+    assert scores[0] == 1.0
+    assert scores == sorted(scores, reverse=True)
+    between = next(n for n, score in enumerate(scores) if score < MIN_SHARE)
+    assert scores[between] > 0.6
+    noisy = add_noise(piece, range(25, -6, -2)[between - 1])
+    assert find_copies(index, fingerprint(noisy)) == []
 
 
 def test_times_of_a_piece_in_both_sounds(recording) -> None:
@@ -221,11 +236,12 @@ def test_sound_with_other_names_and_texts(recording, tmp_path) -> None:
 
 def test_examples_are_the_best_and_no_more_than_asked() -> None:
     rows = [clip(f"c{number}", LONG_TEXT) for number in range(5)]
-    found = one_test(rows, rows, examples=2)
+    noisy = [(row, add_noise(wave, 20 + 5 * n)) for n, (row, wave) in enumerate(rows)]
+    found = one_test(noisy, rows, examples=2)
     assert kinds(found) == {"id": 5, "text": 5, "audio": 5}
     assert found["overlapping"] == 5
-    for kind in ("id", "text", "audio"):
-        assert len(found[kind]["examples"]) == 2
+    assert [row["test"] for row in found["audio"]["examples"]] == ["c4", "c3"]
+    assert len(found["id"]["examples"]) == len(found["text"]["examples"]) == 2
 
 
 @cache
