@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hebasr_jax.benchmark_sets import benchmark_set
-from hebasr_jax.data.clips import ClipSet
+from hebasr_jax.data.clips import ClipSet, group_field
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.errors import UserError
 from hebasr_jax.hub import find_dataset
@@ -83,15 +83,6 @@ def _own(path: str) -> EvalSet:
 
     def open_it() -> OpenSet:
         clips = open_source(Source(name, path))
-        return OpenSet(clips, path, None, draws=_draws(clips))
+        return OpenSet(clips, path, None, draws=f"{group_field(clips.clips) or 'clip'}s")
 
     return EvalSet(name, open_it)
-
-
-def _draws(clips: ClipSet) -> str:
-    """Recordings where all are known and differ, else speakers, else clips."""
-    for kind in ("recording", "speaker"):
-        names = {getattr(clip, kind) for clip in clips.clips}
-        if "" not in names and len(names) > 1:
-            return f"{kind}s"
-    return "clips"

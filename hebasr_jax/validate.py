@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.config import ModelConfig
-from hebasr_jax.data.clips import BadClip, Batch, Clip, ClipSet
+from hebasr_jax.data.clips import BadClip, Batch, Clip, ClipSet, group_field
 from hebasr_jax.data.pipeline import load_batch, make_feed
 from hebasr_jax.data.plan import Bucket
 from hebasr_jax.data.quality import Quarantine
@@ -166,7 +166,8 @@ def validate(
         if heard is None:
             return None
         texts = sorted(heard, key=lambda pair: pair[0].id)
-        groups = _groups([clip for clip, _ in texts])
+        field = group_field([clip for clip, _ in texts])
+        groups = [getattr(clip, field) for clip, _ in texts] if field else None
         scores[dev.name] = {
             "loss": loss / max(count, 1),
             "left_out": sum(dev.left_out.values()),
@@ -227,11 +228,3 @@ def _hear(
     if sum(map(len, told)) < len(clips):
         return None
     return [(clip, told[n % hosts][n // hosts]) for n, clip in enumerate(clips)]
-
-
-def _groups(clips: Sequence[Clip]) -> list[str] | None:
-    """What the interval resamples: recordings where all are known, else speakers, else clips."""
-    for names in ([clip.recording for clip in clips], [clip.speaker for clip in clips]):
-        if all(names) and len(set(names)) > 1:
-            return names
-    return None

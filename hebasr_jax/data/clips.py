@@ -1,6 +1,6 @@
 """What the parts of the data path hand to each other: clips, sets of clips, batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,18 @@ class Clip:
     language: str = ""
     context: str = ""
     segments: tuple[Segment, ...] = ()
+
+
+def group_field(clips: Sequence[Clip]) -> str:
+    """What an interval draws: "recording" where all are known and differ, else "speaker", else "".
+
+    "" means that the clips are drawn one by one.
+    """
+    for field in ("recording", "speaker"):
+        names = {getattr(clip, field) for clip in clips}
+        if "" not in names and len(names) > 1:
+            return field
+    return ""
 
 
 @dataclass(frozen=True, eq=False)
