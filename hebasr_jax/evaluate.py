@@ -146,10 +146,10 @@ def run_sets(
 
 
 def _kept(out: Path, key: str, anew: Iterable[str]) -> list[str]:
-    """Sets that the folder holds from an earlier call with the same system."""
-    old = read_json(out / "results.json")
-    same = old.get("model", {}).get("key") == key
-    return [name for name in old.get("sets", {}) if same and name not in anew]
+    """Sets of results.json whose texts are still those of the same system: another may have made
+    them anew since, and been stopped before it wrote results.json."""
+    names = [name for name in read_json(out / "results.json").get("sets", {}) if name not in anew]
+    return [n for n in names if read_json(out / n / "decoding.json").get("system") == key]
 
 
 def _decode_once(
@@ -173,13 +173,15 @@ def _decode_once(
         return
     say(describe(clips))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "decoding.json").unlink(missing_ok=True)
+    for old in (folder / "decoding.json", folder.parent / "compare.json"):  # of the texts before
+        old.unlink(missing_ok=True)
     rows, missing, facts = _recognise(system, clips, opened.draws, settings.cutting)
     write_hypotheses(folder / "hypotheses.jsonl", rows)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in missing]
     write_text(folder / "missing.jsonl", "".join(lines))
     about = {
         "key": key,
+        "system": system_key,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "set": opened.source,
         "revision": opened.revision,
@@ -273,7 +275,7 @@ def _told(entry: Mapping[str, Any]) -> str:
 
 def _first(clips: ClipSet, most: int | None) -> ClipSet:
     """The first clips, with their files; rows that are no clips do not count in a trial."""
-    if most is None:
+    if most is None or most >= len(clips.clips):
         return clips
     return replace(clips, clips=clips.clips[:most], files=clips.files[:most], bad=())
 
