@@ -19,8 +19,8 @@ def compare_folders(
     """Paired tests on the sets that both folders have, as compare.json holds them.
 
     Negative differences are in favour of the first. A set whose clips or references are not the
-    same on both sides is not compared, and told under `skipped`. Raises `UserError` for a folder
-    without results and where nothing can be compared.
+    same on both sides, or whose rate is withheld, is not compared, and told under `skipped`.
+    Raises `UserError` for a folder without results and where nothing can be compared.
     """
     folders = (first, second)
     results = [read_json(folder / "results.json") for folder in folders]
@@ -31,7 +31,8 @@ def compare_folders(
     skipped: dict[str, str] = {}
     for name in [name for name in results[0]["sets"] if name in results[1]["sets"]]:
         ours, theirs = (read_hypotheses(f / name / "hypotheses.jsonl") for f in folders)
-        if reason := _unlike(ours, theirs):
+        held = [why for side in results if (why := side["sets"][name].get("withheld"))]
+        if reason := "; ".join(held) or _unlike(ours, theirs):
             skipped[name] = reason
             continue
         tested = compare(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hebasr_jax.benchmark_sets import benchmark_set
+from hebasr_jax.benchmark_sets import BENCHMARK_SETS, benchmark_set
 from hebasr_jax.data.clips import ClipSet, group_field
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.errors import UserError
@@ -44,6 +44,11 @@ def choose_sets(sets: Sequence[str], manifests: Sequence[str]) -> list[EvalSet]:
     """What --sets and --manifest name. Raises `UserError` before anything is opened."""
     chosen = [_benchmark(given) for given in sets] + [_own(path) for path in manifests]
     names = [one.name for one in chosen]
+    for path in manifests:
+        if (name := _name_of(path)) in {row.name for row in BENCHMARK_SETS}:
+            why = "Its rate would go into the benchmark's mean, and beside published ones of it."
+            do = f"Rename the file; a copy of the set itself is --sets {name}={path}."
+            raise UserError(f"{path}: has the name of a benchmark set", why, do)
     for name in names:
         if names.count(name) > 1 or name == CONTROL or name.startswith("."):
             why = "Results lie in a folder of the set's name, and `control` is taken."
@@ -79,10 +84,14 @@ def _benchmark(given: str) -> EvalSet:
 
 def _own(path: str) -> EvalSet:
     """A manifest, parquet files, or a prepared set."""
-    name = Path(path).stem or Path(path).absolute().name
+    name = _name_of(path)
 
     def open_it() -> OpenSet:
         clips = open_source(Source(name, path))
         return OpenSet(clips, path, None, draws=f"{group_field(clips.clips) or 'clip'}s")
 
     return EvalSet(name, open_it)
+
+
+def _name_of(path: str) -> str:
+    return Path(path).stem or Path(path).absolute().name

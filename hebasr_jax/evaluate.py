@@ -38,6 +38,7 @@ from hebasr_jax.transcribe import Recognition, Recognizer, transcribe
 MAX_MISSING_SHARE = 0.01
 """Of a set with more clips than this that could not be read, no rate is given."""
 
+_LANGUAGE = "Hebrew"  # of the prompt; no clip is given its context either: the sets have none
 _RATES = re.compile("wer|cer|wil|ci95|raw|slices")  # what is not given then
 
 Say = Callable[[str], None]
@@ -86,6 +87,7 @@ def system_of(
         "fingerprint": weights_key(recognizer.params),
         "tokenizer": hashlib.sha256(recognizer.tokenizer.full.to_str().encode()).hexdigest(),
         "dtype": np.dtype(compute.dtype).name,
+        "platform": recognizer.mesh.devices.flat[0].platform,
         "attention": str(compute.kernel),
         "beams": beams,
         "versions": about["packages"],
@@ -145,16 +147,20 @@ def run_sets(
             say(f"{one.name}: {_told(entry)}")
             if entry["withheld"]:
                 failed.append(one.name)
-        results["macro"] = finite(macro_mean(results["sets"], [s.name for s in BENCHMARK_SETS]))
+        macro = finite(macro_mean(results["sets"], [s.name for s in BENCHMARK_SETS]))
+        trial = settings.max_clips is not None
+        results["macro"] = {**macro, "trial": trial, "complete": macro["complete"] and not trial}
         write_json(out / "results.json", results)
+    if results["macro"].get("sets"):
+        say(_told_mean(results["macro"]))
     return results, failed
 
 
 def _kept(out: Path, key: str, anew: Iterable[str]) -> list[str]:
-    """Sets that the folder holds from an earlier call with the same system."""
-    old = read_json(out / "results.json")
-    same = old.get("model", {}).get("key") == key
-    return [name for name in old.get("sets", {}) if same and name not in anew]
+    """Sets of results.json whose texts are still those of the same system: another may have made
+    them anew since, and been stopped before it wrote results.json."""
+    names = [name for name in read_json(out / "results.json").get("sets", {}) if name not in anew]
+    return [n for n in names if read_json(out / n / "decoding.json").get("system") == key]
 
 
 def _decode_once(
@@ -177,14 +183,19 @@ def _decode_once(
         say(f"{one.name}: nothing changed since it was decoded, {done['time']}")
         return
     say(describe(clips))
+    others = sum(clip.language not in ("", _LANGUAGE) for clip in clips.clips)
+    if others:
+        say(f"{one.name}: {others} clips say another language; all are decoded as {_LANGUAGE}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "decoding.json").unlink(missing_ok=True)
+    for old in (folder / "decoding.json", folder.parent / "compare.json"):  # of the texts before
+        old.unlink(missing_ok=True)
     rows, missing, facts = _recognise(system, clips, opened.draws, settings.cutting)
     write_hypotheses(folder / "hypotheses.jsonl", rows)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in missing]
     write_text(folder / "missing.jsonl", "".join(lines))
     about = {
         "key": key,
+        "system": system_key,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "set": opened.source,
         "revision": opened.revision,
@@ -233,6 +244,7 @@ def _recognise(
             hypothesis=result.text,
             duration_s=result.duration_s,
             group="" if draws == "clips" else getattr(clip, draws.removesuffix("s")),
+            source=clip.source,
             speaker=clip.speaker,
             recording=clip.recording,
             snr_db=snr_db,
@@ -266,9 +278,17 @@ def _score(folder: Path, settings: Settings) -> dict[str, Any]:
     return {**found, **facts, "withheld": withheld}
 
 
+def _told_mean(macro: Mapping[str, Any]) -> str:
+    named = "the six sets" if macro["complete"] else f"only {', '.join(macro['sets'])}"
+    trial = ", a trial on their first clips" if macro["trial"] else ""
+    return f"mean WER {100 * macro['wer']:.1f} % of {named}{trial}"
+
+
 def _told(entry: Mapping[str, Any]) -> str:
     if entry["withheld"]:
         return entry["withheld"]
+    if not entry["words"]:
+        return f"no WER: no reference of its {entry['clips']} clips has a word"
     trial = f"; a trial on the first {entry['max_clips']} clips" if entry["max_clips"] else ""
     return (
         f"WER {in_percent(entry['wer'], entry['ci95'])} on {entry['words']:,} words, "
@@ -278,7 +298,7 @@ def _told(entry: Mapping[str, Any]) -> str:
 
 def _first(clips: ClipSet, most: int | None) -> ClipSet:
     """The first clips, with their files; rows that are no clips do not count in a trial."""
-    if most is None:
+    if most is None or most >= len(clips.clips):
         return clips
     return replace(clips, clips=clips.clips[:most], files=clips.files[:most], bad=())
 

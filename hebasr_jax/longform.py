@@ -149,7 +149,7 @@ class _Job:
     def add(self, piece: Piece, result: Recognition) -> None:
         """Takes the transcript of a piece, which follows those before it."""
         self.samples = piece.start + len(piece.wave)
-        start_s = piece.start / SAMPLE_RATE
+        start_s, long_s = piece.start / SAMPLE_RATE, len(piece.wave) / SAMPLE_RATE
         self.done.append((start_s, self.samples / SAMPLE_RATE, result))
         text = result.transcript.text.strip()
         self.text = f"{self.text} {text}" if self.text and text else self.text or text
@@ -157,10 +157,9 @@ class _Job:
         if text and not spoken:
             first, last = (at / SAMPLE_RATE for at in sound_span(piece.wave))
             spoken = (Segment(first, last, text, result.tokens),)
-        self.segments += [
-            Segment(start_s + part.start_s, start_s + part.end_s, part.text, part.tokens)
-            for part in spoken
-        ]
+        for part in spoken:  # a model may stamp a time that the piece does not reach
+            first_s, last_s = (start_s + min(at, long_s) for at in (part.start_s, part.end_s))
+            self.segments.append(Segment(first_s, last_s, part.text, part.tokens))
 
     def outcome(self) -> LongRecognition | Failure:
         if self.error:

@@ -139,6 +139,8 @@ def _whose_mean(macro: Numbers) -> str:
     names = macro.get("sets") or ()
     if macro.get("complete"):
         return "the six sets, each alike"
+    if macro.get("trial"):
+        return f"a trial on the first clips of {', '.join(names)}"
     return f"only {len(names)} of the six sets: {', '.join(names)}"
 
 
@@ -178,7 +180,7 @@ def _rate(numbers: Numbers, key: str) -> str:
 def _systems(results: Numbers, sets: Mapping[str, Numbers], control: Numbers) -> str:
     measured = {"this model": sets}
     if control:
-        name = _mapping(control.get("model")).get("source", "")
+        name = _mapping(control.get("model")).get("name", "")
         measured[f"the control, {name}"] = _mappings(control.get("sets"))
     published: dict[tuple[str, str], dict[str, float]] = {}
     for name, figures in _mapping(results.get("published")).items():
@@ -218,7 +220,7 @@ def _comparison(found: Any, sets: Mapping[str, Numbers]) -> str:
     pairs = _mappings(content.get("sets"))
     if not pairs:
         return "<p>None was made.</p>"
-    first, second = (_side(content.get(key), key) for key in ("first", "second"))
+    first, second = (str(content.get(key, key)) for key in ("first", "second"))
     rows = []
     for name, numbers in pairs.items():
         why, bounds = withheld(sets.get(name, {})), numbers.get("ci95")
@@ -244,11 +246,6 @@ def _comparison(found: Any, sets: Mapping[str, Numbers]) -> str:
     skipped = _mapping(content.get("skipped"))
     left_out = "<h3>Not compared</h3>" + _reasons(skipped) if skipped else ""
     return f'{note}<div class="tight">{table_of(names, rows)}</div>{left_out}'
-
-
-def _side(side: Any, name: str) -> str:
-    told = _mapping(side)
-    return str(told.get("model") or told.get("folder") or name)
 
 
 def _points(difference: float | None) -> str:

@@ -47,6 +47,7 @@ class Columns:
     duration_s: str = "duration_s"
     speaker: str = "speaker"
     recording: str = "recording"
+    source: str = "source"
     language: str = "language"
     context: str = "context"
     segments: str = "segments"

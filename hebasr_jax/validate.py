@@ -43,7 +43,7 @@ class DevSet:
     """A dev set ready to be scored.
 
     batches: shape, arrays on the host, and the clip of each row; None fills the batch.
-    left_out: clips that no model can take, by reason; scores tell how many.
+    left_out: clips that cannot be read or that no model can take, by reason; scores tell how many.
     """
 
     name: str
@@ -97,7 +97,10 @@ def load_dev_sets(
             clips = [good.clips[feed.table.clip_C[row.clips[0]]] for row in plan.batch(number)]
             fill = [None] * (plan.bucket(number).rows - len(clips))
             batches.append((plan.bucket(number), load_batch(feed, plan, number), (*clips, *fill)))
-        found.append(DevSet(whole.name, tuple(batches), feed.left_out.get(whole.name, {})))
+        left_out = dict(feed.left_out.get(whole.name, {}))
+        if unread := len(whole.clips[: config.validation.max_clips]) - len(good.clips):
+            left_out["cannot be read"] = unread
+        found.append(DevSet(whole.name, tuple(batches), left_out))
     return found
 
 

@@ -145,7 +145,7 @@ def test_other_systems_figures_are_marked(tmp_path) -> None:
     published = {name: [{**whose, "wer": wer}] for name, wer in figures.items()}
     out = write_out(tmp_path, {"talk": ROWS}, published=published)
     assert "No control was run here." in read(out).text
-    content = {"model": {"source": "whisper"}, "sets": {"talk": {"wer": 0.25, "clips": 7}}}
+    content = {"model": {"name": "whisper"}, "sets": {"talk": {"wer": 0.25, "clips": 7}}}
     write_json(out / "control" / "results.json", content)
     page = tables(out)
     assert row_of(page, "Ivrit") == [["Ivrit", "5.1 %", "8.1 %", "published: their board"]]
@@ -165,12 +165,12 @@ def test_other_systems_figures_are_marked(tmp_path) -> None:
 def test_a_comparison_claims_only_what_its_interval_shows(tmp_path, ci95, verdict) -> None:
     out = write_out(tmp_path, {"talk": ROWS})
     pair = {"wer_first": 0.05, "wer_second": 0.06, "difference": -0.01234, "ci95": ci95}
-    sides = {"first": {"model": "ours"}, "second": {"folder": "theirs"}}
+    sides = {"first": "ours in a", "second": "theirs in b"}  # as `compare_folders` has them
     write_json(out / "compare.json", {**sides, "sets": {"talk": pair}, "skipped": {"kan": "why"}})
     page = tables(out)
     (row,) = (row for row in row_of(page, "talk") if row[1:3] == ["5.0 %", "6.0 %"])
     assert (row[3], row[-1]) == ("-1.23", verdict)
-    assert "First: ours. Second: theirs." in page.text
+    assert "First: ours in a. Second: theirs in b." in page.text
     assert row_of(page, "kan") == [["kan", "why"]]
 
 

@@ -21,13 +21,17 @@ class BadClip(Exception):
 
 @dataclass(frozen=True)
 class Clip:
-    """One row of a manifest. Ids are unique within a set. Empty text means: nobody speaks."""
+    """One row of a manifest. Ids are unique within a set. Empty text means: nobody speaks.
+
+    source: where the recording came from, such as a podcast's name.
+    """
 
     id: str
     text: str
     duration_s: float
     speaker: str = ""
     recording: str = ""
+    source: str = ""
     language: str = ""
     context: str = ""
     segments: tuple[Segment, ...] = ()

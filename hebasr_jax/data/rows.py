@@ -77,6 +77,7 @@ def parse_row(
         duration_s=_duration_s(row, columns, place),
         speaker=_string(row, columns.speaker),
         recording=_string(row, columns.recording),
+        source=_string(row, columns.source),
         language=_string(row, columns.language),
         context=_string(row, columns.context),
         segments=_segments(field(row, columns.segments)),
