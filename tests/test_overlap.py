@@ -10,7 +10,14 @@ import pytest
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.data.clips import BadClip, Clip, ClipSet
-from hebasr_jax.data.fingerprint import HOP, MIN_SHARE, build_index, find_copies, fingerprint
+from hebasr_jax.data.fingerprint import (
+    HOP,
+    MIN_SHARE,
+    Fingerprint,
+    build_index,
+    find_copies,
+    fingerprint,
+)
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.overlap import check_overlap, describe_overlap, write_overlap
 from hebasr_jax.run_config import Source
@@ -104,6 +111,17 @@ def test_the_score_is_the_share_of_equal_bits_and_the_least_share_is_kept(record
     assert scores[between] > 0.6
     noisy = add_noise(piece, range(25, -6, -2)[between - 1])
     assert find_copies(index, fingerprint(noisy)) == []
+
+
+@pytest.mark.parametrize(("frames", "is_copy"), [(192, True), (80, True), (40, False)])
+def test_less_sound_must_agree_better(frames, is_copy) -> None:
+    """78 % of equal bits are enough in 3 s, and not in half a second."""
+    rng = np.random.default_rng(0)
+    wrong = np.packbits(rng.random((frames, 32)) < 0.22, axis=1).view(np.uint32)[:, 0]
+    wrong[frames // 2] = 0  # the word that proposes
+    bits = rng.integers(1 << 32, size=frames, dtype=np.uint32)
+    one, other = (Fingerprint(part, np.ones(frames, bool)) for part in (bits, bits ^ wrong))
+    assert bool(find_copies(build_index([one]), other)) == is_copy
 
 
 def test_times_of_a_piece_in_both_sounds(recording) -> None:
