@@ -21,7 +21,7 @@ demo-long: .venv/demo$(EXTRA)
 	$(BIN)/hebasr demo --config configs/demo_long.py --clips 12000
 
 test: .venv/test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --check-skips
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --check-skips
 
 test-original: .venv/test .venv-original/ready
 	HEBASR_ORIGINAL_PYTHON=$(ORIGINAL)/python $(BIN)/python -m pytest tests/original --check-skips

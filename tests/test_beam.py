@@ -122,10 +122,10 @@ def test_one_beam_is_greedy_decoding(ours, batch) -> None:
         expected = greedy(ours[0], jnp.asarray(budgets))
         for length_penalty in PENALTIES:
             out = _search(ours[0], batch, jnp.asarray(budgets), length_penalty, beams=1)
-            np.testing.assert_array_equal(out.tokens_BWG[:, 0], expected.tokens_BG)
-            np.testing.assert_array_equal(out.lengths_BW[:, 0], expected.lengths_B)
-            np.testing.assert_array_equal(out.finished_BW[:, 0], expected.finished_B)
-        assert 0 < np.sum(expected.finished_B) < 4
+            np.testing.assert_array_equal(out.tokens_BWG[:, 0], expected.tokens_RG)
+            np.testing.assert_array_equal(out.lengths_BW[:, 0], expected.length_R)
+            np.testing.assert_array_equal(out.finished_BW[:, 0], expected.finished_R)
+        assert 0 < np.sum(expected.finished_R) < 4
 
 
 _VOCABULARY, _END, _MOST = 4, 3, 4

@@ -26,7 +26,7 @@ from hebasr_jax.trained import load_trained
 from hebasr_jax.weights import load_params
 
 STEP, SCORE, SEAL = (
-    f"hebasr_jax.{name}" for name in ("train.one_step", "validate._score", "checkpoint.seal")
+    f"hebasr_jax.{name}" for name in ("train.one_step", "validate._hear", "checkpoint.seal")
 )
 
 
