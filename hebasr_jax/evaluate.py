@@ -133,6 +133,8 @@ def run_sets(
         "published": published_rates(),
     }
     failed = []
+    if read_json(out / "results.json").get("model", {}).get("key") != key:
+        (out / "compare.json").unlink(missing_ok=True)  # of another system
     for one in sets:
         try:
             _decode_once(system, one, out / one.name, settings, key, overwrite, say)

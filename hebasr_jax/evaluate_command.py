@@ -135,7 +135,11 @@ class Evaluate:
     def _check_overlap(self, train: "ClipSet", sets: "list[EvalSet]", out: Path) -> None:
         from hebasr_jax.overlap import check_overlap, describe_overlap, write_overlap
 
-        found = check_overlap(train, [one.open().clips for one in sets])
+        def tell(done: int, total: int) -> None:
+            if done % max(1, total // 20) == 0 or done == total:
+                _say(f"overlap: {done:,} of {total:,} clips heard")
+
+        found = check_overlap(train, [one.open().clips for one in sets], progress=tell)
         for line in describe_overlap(found):
             _say(line)
         _say(f"wrote {write_overlap(out, found)}")

@@ -83,7 +83,8 @@ def join_stamps(pieces: Sequence[Words | float], duration_s: float | None = None
 
     A stamp after words ends their segment, a stamp without words starts one. Words without a
     start begin at the stamp before them (or 0 s); last words without an end stamp end at
-    `duration_s`, or where they began. No stamps, no segments.
+    `duration_s`, or where they began. A stamp that runs backwards counts as the one before it, so
+    that segments never do. No stamps, no segments.
     """
     segments: list[Segment] = []
     start_s = 0.0
@@ -98,7 +99,7 @@ def join_stamps(pieces: Sequence[Words | float], duration_s: float | None = None
             tokens = tuple(token for words in spoken for token in words.tokens)
             segments.append(Segment(start_s, max(start_s, piece), text, tokens))
             spoken = []
-        start_s = piece
+        start_s = max(start_s, piece)
     return segments
 
 

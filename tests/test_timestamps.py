@@ -21,9 +21,12 @@ from hebasr_jax.timestamps import (
     SECONDS,
     SLOTS,
     STAMP_TOKENS,
+    Segment,
     StampIds,
+    Words,
     add_stamp_tokens,
     from_grid,
+    join_stamps,
     to_grid,
 )
 
@@ -334,3 +337,8 @@ def test_a_tokenizer_with_a_part_of_the_stamps_is_refused(tmp_path):
     folder = relist(write_tiny_tokenizer(tmp_path), (FILLER, 267), (MARKER, 268))
     with pytest.raises(UserError, match=r"<\|0s\|> is not at its place"):
         load_tokenizer(folder)
+
+
+def test_stamps_that_run_backwards_make_no_segment_that_does() -> None:
+    pieces = [0.0, Words("a", (1,)), 118.0, 110.0, Words("b", (2,)), 3.0]
+    assert join_stamps(pieces, 120.0) == [Segment(0.0, 118.0, "a"), Segment(118.0, 118.0, "b")]
