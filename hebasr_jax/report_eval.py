@@ -119,7 +119,9 @@ def _tiles(results: Numbers, sets: Mapping[str, Numbers]) -> str:
         for key in ("clips", "audio_s", "missing", "loops", "unfinished")
     }
     tiles = [
-        ("macro mean WER", percent(macro["wer"]), _whose_mean(macro)) if "wer" in macro else None,
+        ("macro mean WER", percent(macro["wer"]), _whose_mean(macro))
+        if macro.get("sets")
+        else None,
         ("sets", f"{len(sets):,}", ""),
         ("clips", f"{totals['clips']:,}", f"{totals['missing']:,} more are missing"),
         ("audio", f"{totals['audio_s'] / 3600:,.2f} h", ""),
