@@ -163,9 +163,13 @@ def _score(base: "Recognizer", params: Any, config: Config) -> dict[str, Any]:
 
     import jax
 
+    from hebasr_jax.sharding import replicated
     from hebasr_jax.validate import score_sets
 
-    placed = jax.tree.map(lambda leaf: jax.device_put(leaf.astype(base.compute.dtype)), params)
+    whole = replicated(base.mesh)
+    placed = jax.tree.map(
+        lambda leaf: jax.device_put(leaf.astype(base.compute.dtype), whole), params
+    )
     return score_sets(replace(base, params=placed), config.data.dev, config)
 
 

@@ -42,9 +42,12 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return Mesh(np.asarray(there[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def local_mesh() -> Mesh:
-    """A mesh of this process's devices, for work that no other process shares."""
-    return Mesh(np.asarray(jax.local_devices()), (AXIS,), axis_types=(AxisType.Auto,))
+def local_mesh(mesh: Mesh | None = None) -> Mesh:
+    """A mesh of this process's devices, all or those of `mesh`, for work shared with no other."""
+    there = jax.local_devices()
+    if mesh is not None:
+        there = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    return Mesh(np.asarray(there), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def rows(mesh: Mesh) -> NamedSharding:

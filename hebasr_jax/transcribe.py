@@ -112,14 +112,14 @@ def load_recognizer(
         compute = Compute(jnp.dtype(dtype), pick_kernel(kernel, jnp.dtype(dtype), platform))
     except ValueError as error:
         raise UserError(str(error)) from None
-    folder, config, layout, tokenizer = open_model(source, revision=revision)
+    folder, config, layout, tokenizer = loopingmodel(source, revision=revision)
     mesh = local_mesh()
     place = partial(jax.device_put, device=replicated(mesh))
     params = load_weights(source, folder, config, layout, dtype=compute.dtype, place=place)
     return Recognizer(params, config, tokenizer, compute, folder, mesh)
 
 
-def open_model(
+def loopingmodel(
     source: str, *, revision: str | None = None
 ) -> tuple[ModelFolder, ModelConfig, Layout, TextTokenizer]:
     """All of a model but its weights; UserError where its files are damaged or do not agree."""
@@ -157,7 +157,7 @@ def load_weights(
     dtype: Any = None,
     place: Callable[[np.ndarray], Any] = jax.device_put,
 ) -> Params:
-    """The weights of what `open_model` opened; arguments as in `weights.load_params`."""
+    """The weights of what `loopingmodel` opened; arguments as in `weights.load_params`."""
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         return load_params(folder.path, config, layout, dtype=dtype, place=place)
@@ -210,13 +210,14 @@ def transcribe(
     decode = partial(_decode, recognizer, batch_audio_s=batch_audio_s, stopped=stopped)
     decoded = decode(utterances, beams=beams)
     circling = {i for i, row in decoded.items() if retries and goes_round(row.tokens)}
-    open_ = circling
+    looping = circling
     for attempt, temperature in enumerate(RETRY_TEMPERATURES[:retries]):
         again = {
-            i: replace(utterances[i], temperature=temperature, seed=attempt) for i in sorted(open_)
+            i: replace(utterances[i], temperature=temperature, seed=attempt)
+            for i in sorted(looping)
         }
         good = {i: row for i, row in decode(again).items() if not goes_round(row.tokens)}
-        decoded, open_ = decoded | good, open_ - good.keys()
+        decoded, looping = decoded | good, looping - good.keys()
     if stopped():
         return []
     return [

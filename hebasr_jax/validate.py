@@ -30,7 +30,7 @@ from hebasr_jax.metrics import score
 from hebasr_jax.model.asr import Params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.run_config import Augment, Config, Source
-from hebasr_jax.sharding import local_mesh, make_mesh, rows
+from hebasr_jax.sharding import local_mesh, rows
 from hebasr_jax.text import PromptStyle, TextTokenizer
 from hebasr_jax.train_step import prepare_inputs
 from hebasr_jax.transcribe import MAX_CLIP_S, Recognizer, transcribe
@@ -117,13 +117,15 @@ def _read_all(clips: ClipSet, most: int | None, quarantine: Quarantine) -> ClipS
 
 
 def score_sets(recognizer: Recognizer, sources: Sequence[Source], config: Config) -> dict[str, Any]:
-    """Scores of a loaded model on whole sets, as `validate` gives them, on one device."""
+    """Scores of a loaded model on whole sets, as `validate` gives them, on its devices."""
     sets = open_sources(sources)
     whole = replace(config, validation=replace(config.validation, max_clips=None))
     total = sum(len(s.clips) + len(s.bad) for s in sets)
     with tempfile.TemporaryDirectory() as folder:
         quarantine = Quarantine(Path(folder) / "bad.jsonl", config.data.max_bad_share, total)
-        dev_sets = load_dev_sets(sets, recognizer.tokenizer, whole, quarantine, 1)
+        dev_sets = load_dev_sets(
+            sets, recognizer.tokenizer, whole, quarantine, recognizer.mesh.size
+        )
     scores = validate(
         recognizer.params,
         dev_sets,
@@ -131,7 +133,7 @@ def score_sets(recognizer: Recognizer, sources: Sequence[Source], config: Config
         recognizer.tokenizer,
         whole,
         compute=recognizer.compute,
-        mesh=make_mesh(1),
+        mesh=recognizer.mesh,
     )
     return scores or {}
 
@@ -153,7 +155,7 @@ def validate(
       params: whole tree, on every device of the mesh.
     """
     scores = {}
-    recognizer = _local_recognizer(params, model, tokenizer, config, compute)
+    recognizer = _local_recognizer(params, model, tokenizer, config, compute, mesh)
     for dev in dev_sets:
         loss, count = 0.0, 0
         for bucket, batch, _ in dev.batches:
@@ -197,9 +199,10 @@ def _local_recognizer(
     tokenizer: TextTokenizer,
     config: Config,
     compute: Compute,
+    mesh: Mesh,
 ) -> Recognizer:
     """The weights on this process's devices: each process decodes its part of a set."""
-    mesh = local_mesh()
+    mesh = local_mesh(mesh)
     folder = ModelFolder(Path(config.model.path), config.model.path, None)
     return Recognizer(local_copy(params, mesh), model, tokenizer, compute, folder, mesh)
 
