@@ -112,14 +112,14 @@ def load_recognizer(
         compute = Compute(jnp.dtype(dtype), pick_kernel(kernel, jnp.dtype(dtype), platform))
     except ValueError as error:
         raise UserError(str(error)) from None
-    folder, config, layout, tokenizer = loopingmodel(source, revision=revision)
+    folder, config, layout, tokenizer = open_model(source, revision=revision)
     mesh = local_mesh()
     place = partial(jax.device_put, device=replicated(mesh))
     params = load_weights(source, folder, config, layout, dtype=compute.dtype, place=place)
     return Recognizer(params, config, tokenizer, compute, folder, mesh)
 
 
-def loopingmodel(
+def open_model(
     source: str, *, revision: str | None = None
 ) -> tuple[ModelFolder, ModelConfig, Layout, TextTokenizer]:
     """All of a model but its weights; UserError where its files are damaged or do not agree."""
@@ -157,7 +157,7 @@ def load_weights(
     dtype: Any = None,
     place: Callable[[np.ndarray], Any] = jax.device_put,
 ) -> Params:
-    """The weights of what `loopingmodel` opened; arguments as in `weights.load_params`."""
+    """The weights of what `open_model` opened; arguments as in `weights.load_params`."""
     checkpoint = find_checkpoint(source)
     if checkpoint is None:
         return load_params(folder.path, config, layout, dtype=dtype, place=place)
