@@ -16,6 +16,7 @@ import tyro
 
 from hebasr_jax import __version__
 from hebasr_jax.average_command import Average
+from hebasr_jax.bench_command import Bench
 from hebasr_jax.config import Layout
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
@@ -157,6 +158,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "prepare": Prepare,
     "train": Train,
     "average": Average,
+    "bench": Bench,
     "demo": Demo,
 }
 

@@ -172,7 +172,7 @@ def transcribe(
     *,
     style: PromptStyle | None = None,
     context: str | Sequence[str] = "",
-    max_new_tokens: int | None = None,
+    max_new_tokens: int | Sequence[int] | None = None,
     batch_audio_s: float | None = None,
     beams: int = 1,
     retries: int = len(RETRY_TEMPERATURES),
@@ -185,7 +185,7 @@ def transcribe(
         there is no mel frame: an empty transcript, without running the model.
       style: what the prompt gives (`text.PromptStyle`): language, time stamps.
       context: text for the system turn, of all clips or one for each.
-      max_new_tokens: budget of every clip; None is 8 a second plus 16.
+      max_new_tokens: budget of every clip, or of each; None is 8 a second plus 16.
       batch_audio_s: seconds of audio decoded together on each device; memory, not results,
         depends on it. None is 240, and 4096 on a GPU.
       beams: hypotheses that a beam search keeps; 1 takes the best token each time.
@@ -200,9 +200,13 @@ def transcribe(
     contexts = [context] * len(waves) if isinstance(context, str) else list(context)
     made = {text: build_prompt(recognizer.tokenizer, style, context=text) for text in {*contexts}}
     utterances = {}
-    for i, (wave, text) in enumerate(zip(waves, contexts, strict=True)):
+    if isinstance(max_new_tokens, Sequence):
+        budgets = list(max_new_tokens)
+    else:
+        same = max_new_tokens
+        budgets = [token_budget(len(wave)) if same is None else same for wave in waves]
+    for i, (wave, text, budget) in enumerate(zip(waves, contexts, budgets, strict=True)):
         _check_wave(wave)
-        budget = max_new_tokens if max_new_tokens is not None else token_budget(len(wave))
         utterance = Utterance(wave, made[text], budget)
         _check_positions(utterance, recognizer.config.decoder.max_positions)
         if len(wave) >= HOP:

@@ -51,7 +51,11 @@ LEVELS = [
     {"running", "dry_run", "average_command", "transcribe_command", "evaluate_command"},
     {"finish"},
     {"train", "demo"},
-    {"ablate"},
+    {"ablate", "bench", "bench.figures"},
+    {"bench.work"},
+    {"bench.shards", "bench.generate", "bench.features"},
+    {"bench.train", "bench.data"},
+    {"bench_command"},
     {"cli"},
     {"__main__"},
 ]

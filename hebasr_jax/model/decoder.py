@@ -80,17 +80,21 @@ class Decoder(nnx.Module):
         """Embeddings of token ids in the compute dtype."""
         return look_up(self.embed.embedding[...].astype(self.compute.dtype), ids_BX)
 
+    def head(self) -> Float[Array, "V D"]:
+        """The output matrix in the compute dtype: the embedding table, tied."""
+        return self.embed.embedding[...].astype(self.compute.dtype)
+
     def logits(self, x_BLD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores over the vocabulary in float32, by the tied embedding table."""
-        table_VD = self.embed.embedding[...].astype(self.compute.dtype)
-        precision = jax.lax.Precision.HIGHEST if table_VD.dtype == jnp.float32 else None
-        return jnp.einsum(
-            "...d,vd->...v",
-            x_BLD,
-            table_VD,
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        """Scores over the vocabulary in float32."""
+        return head_logits(x_BLD, self.head())
+
+
+def head_logits(x_BLD: Float[Array, "*B D"], table_VD: Float[Array, "V D"]) -> Float[Array, "*B V"]:
+    """Products of hidden states with every row of the table, in float32."""
+    precision = jax.lax.Precision.HIGHEST if table_VD.dtype == jnp.float32 else None
+    return jnp.einsum(
+        "...d,vd->...v", x_BLD, table_VD, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 class DecoderLayer(nnx.Module):

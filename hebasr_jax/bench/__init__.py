@@ -1,0 +1,1 @@
+"""Speed, measured on the product's own functions with random weights; see docs/performance.md."""

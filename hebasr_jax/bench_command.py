@@ -1,0 +1,157 @@
+"""The command `bench`: its flags, and what it prints. Light to import."""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from hebasr_jax.errors import UserError
+
+_SLOTS = (64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Speed of this machine with random weights of a real model's sizes.
+
+    train: the whole step on clips of 30 s, and on a mix of lengths from shards on disk.
+    generate: decoding with forced lengths, and a file of an hour. features: they and each
+    augmentation alone. data: shards to batches, no device.
+    """
+
+    what: Annotated[
+        tyro.conf.Positional[Literal["train", "generate", "features", "data"]],
+        tyro.conf.arg(metavar="WHAT"),
+    ]
+    """train, generate, features or data"""
+    size: Literal["1.7b", "0.6b", "tiny"] = "1.7b"
+    """of the model"""
+    json: bool = False
+    """print one JSON object instead of a table; kept as runs/bench.json, --dry-run tells hours"""
+    work: tuple[Literal["product", "fixed", "mix", "slots", "hour"], ...] = (
+        "product",
+        "fixed",
+        "mix",
+        "slots",
+        "hour",
+    )
+    """parts of `train` (product, fixed, mix) and of `generate` (slots, hour) to measure"""
+    rows: int = 32
+    """clips of 30 s on each device in a step of the fixed work"""
+    mix_audio_s: float = 960.0
+    """seconds of padded audio on each device in a step of the mix"""
+    buckets: int = 6
+    """shapes of the mix"""
+    steps: int = 20
+    """timed steps or repeats"""
+    slots: tuple[int, ...] = _SLOTS
+    """rows decoded together on each device"""
+    tokens: int = 150
+    """new tokens that each clip of 30 s is made to have"""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """what the backward pass recomputes, as in a config"""
+    attention: Literal["auto", "cudnn", "xla"] = "auto"
+    """attention kernel"""
+    gather: Literal["step", "layer"] = "step"
+    """when sharded weights are gathered"""
+    devices: int | None = None
+    """of the mesh; all by default"""
+    threads: int = 16
+    """that read shards in `data`"""
+    audio_s: float = 60_000.0
+    """seconds of audio that `data` writes and reads"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """of computing"""
+
+    def run(self) -> int:
+        from hebasr_jax.bench.figures import as_json, facts
+        from hebasr_jax.dry_run import show
+
+        for name in ("rows", "steps", "buckets", "mix_audio_s", "tokens", "threads", "audio_s"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive")
+        if self.tokens < 3 or min(self.slots, default=0) < 1:
+            raise UserError("--tokens must be 3 or more, and --slots 1 or more")
+        told = facts() | {"size": self.size}
+        with tempfile.TemporaryDirectory(prefix="hebasr-bench-") as folder:
+            rows = self._measured(Path(folder))
+        if self.json:
+            print(as_json(self.what, told, rows))
+            return 0
+        print("  ".join(f"{name} {value}" for name, value in told.items()))
+        for title, some in _alike(rows):
+            show(title, some)
+        return 0
+
+    def _measured(self, folder: Path) -> list[dict[str, Any]]:
+        from hebasr_jax.bench.work import model_of
+
+        if self.what == "train":
+            return self._train(folder)
+        if self.what == "generate":
+            return self._generate(folder)
+        if self.what == "features":
+            from hebasr_jax.bench.features import by_part
+
+            return by_part(model_of(self.size), self.rows, self.steps)
+        from hebasr_jax.bench.data import fed
+
+        return fed(model_of(self.size), folder, self.audio_s, self.threads, _say)
+
+    def _train(self, folder: Path) -> list[dict[str, Any]]:
+        from hebasr_jax.bench import train
+        from hebasr_jax.bench.work import model_of
+        from hebasr_jax.run_config import Computation
+
+        compute = Computation(
+            dtype=self.dtype,
+            attention=self.attention,
+            remat=self.remat,
+            gather=self.gather,
+            devices=self.devices,
+            cache_dir=None,
+        )
+        settings = train.Settings(
+            model_of(self.size), compute, self.rows, self.steps, self.mix_audio_s, self.buckets
+        )
+        rows = []
+        if "product" in self.work:
+            rows.append(train.matrix_product())
+        if "fixed" in self.work:
+            rows += [train.against_plain_attention(settings), train.fixed(settings)]
+        if "mix" in self.work:
+            rows.append(train.mix(settings, folder, _say))
+        return rows
+
+    def _generate(self, folder: Path) -> list[dict[str, Any]]:
+        from hebasr_jax.bench import generate
+        from hebasr_jax.bench.work import model_of
+        from hebasr_jax.run_config import Computation, Config
+        from hebasr_jax.run_setup import compute_of
+
+        compute = compute_of(Config(compute=Computation(self.dtype, self.attention, "none")))
+        settings = generate.Settings(model_of(self.size), compute, self.slots, tokens=self.tokens)
+        params = generate.random_params(settings.model, compute)
+        rows = []
+        if "slots" in self.work:
+            rows += generate.in_slots(settings, params)
+        if "hour" in self.work:
+            rows.append(generate.an_hour(settings, params, folder))
+        return rows
+
+
+def _alike(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Rows of one kind, by their first column, under one title."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(next(iter(row)), []).append(row)
+    return list(groups.items())
+
+
+def _say(line: str) -> None:
+    """Everything that is not a result goes to stderr."""
+    print(line, file=sys.stderr, flush=True)
