@@ -200,11 +200,7 @@ def transcribe(
     contexts = [context] * len(waves) if isinstance(context, str) else list(context)
     made = {text: build_prompt(recognizer.tokenizer, style, context=text) for text in {*contexts}}
     utterances = {}
-    if isinstance(max_new_tokens, Sequence):
-        budgets = list(max_new_tokens)
-    else:
-        same = max_new_tokens
-        budgets = [token_budget(len(wave)) if same is None else same for wave in waves]
+    budgets = _budgets(waves, max_new_tokens)
     for i, (wave, text, budget) in enumerate(zip(waves, contexts, budgets, strict=True)):
         _check_wave(wave)
         utterance = Utterance(wave, made[text], budget)
@@ -228,6 +224,12 @@ def transcribe(
         _recognition(recognizer, style, wave, decoded.get(i), int(i in circling))
         for i, wave in enumerate(waves)
     ]
+
+
+def _budgets(waves: Sequence[np.ndarray], given: int | Sequence[int] | None) -> list[int]:
+    if isinstance(given, Sequence):
+        return list(given)
+    return [token_budget(len(wave)) if given is None else given for wave in waves]
 
 
 def _decode(

@@ -13,6 +13,7 @@ from hebasr_jax.config import ModelConfig
 from hebasr_jax.data.pipeline import make_feed, stream
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.sources import open_sources
+from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Augment, Computation
 from hebasr_jax.text import load_tokenizer
 
@@ -24,6 +25,8 @@ def fed(
     model: ModelConfig, folder: Path, audio_s: float, threads: int, say: Callable[[str], None]
 ) -> list[Row]:
     """Batches of the mix from shards of either kind, read from the disk, then from memory."""
+    if audio_s < 2 * _WARM_UP * _STEP_S:
+        raise UserError(f"--audio-s {audio_s:g} is too little to measure", do="give 10000 or more")
     work.write_model_files(model, folder)
     rows = []
     kinds: tuple[Literal["pcm", "flac"], ...] = ("pcm", "flac")

@@ -65,7 +65,7 @@ def spread(taken_s: Sequence[float]) -> Row:
     return {"ms": float(median), "ms from": float(low), "ms to": float(high)}
 
 
-def product_tflops(size: int = 8192, repeats: int = 20) -> float:
+def product_tflops(size: int, repeats: int = 20) -> float:
     """TFLOP/s of a product of two square bfloat16 matrices here and now."""
     a = jnp.ones((size, size), jnp.bfloat16)
     product = jax.jit(lambda a, b: a @ b)

@@ -121,7 +121,7 @@ def an_hour(settings: Settings, params: Params, folder: Path) -> Row:
 def forced_law(settings: Settings, clips: int) -> list[int]:
     """Numbers of new tokens around what the mix has at that length, lognormal, seeded."""
     rng = np.random.default_rng(0)
-    return [_law(rng, settings.clip_s) for _ in range(clips)]
+    return [_law(rng, float(settings.clip_s)) for _ in range(clips)]
 
 
 def step_bytes(settings: Settings, slots: int) -> float:
@@ -136,7 +136,7 @@ def step_bytes(settings: Settings, slots: int) -> float:
 
 
 def _law(rng: np.random.Generator, seconds: float) -> int:
-    expected = float(work.target_tokens(np.asarray(seconds)))
+    expected = work.target_tokens(seconds)
     return int(np.clip(round(expected * rng.lognormal(0.0, _LAW)), 1, 2 * expected))
 
 

@@ -107,9 +107,9 @@ def ivrit_mix(clips: int, seed: int) -> Float[np.ndarray, " C"]:
     return np.where(rng.random(clips) < 0.7, short_C, long_C)
 
 
-def target_tokens(seconds_C: Float[np.ndarray, " C"]) -> Int[np.ndarray, " C"]:
+def target_tokens(seconds: float) -> int:
     """Text positions of a clip, the end token included: 4 and 5 a second."""
-    return 4 + np.round(5 * np.asarray(seconds_C)).astype(np.int64)
+    return 4 + round(5 * float(seconds))
 
 
 def made_up_set(seconds_C: Sequence[float], seed: int) -> ClipSet:
@@ -125,7 +125,7 @@ def made_up_set(seconds_C: Sequence[float], seed: int) -> ClipSet:
     clips = tuple(
         Clip(str(n), "".join(map(str, digits[: tokens - 1])), int(samples) / SAMPLE_RATE)
         for n, (samples, tokens) in enumerate(
-            zip(samples_C, target_tokens(np.asarray(seconds_C)), strict=True)
+            zip(samples_C, map(target_tokens, seconds_C), strict=True)
         )
     )
     return ClipSet(
