@@ -44,7 +44,7 @@ class Bench:
     """clips of 30 s on each device in a step of the fixed work"""
     mix_audio_s: float = 960.0
     """seconds of padded audio on each device in a step of the mix"""
-    buckets: int = 6
+    buckets: int = 12
     """shapes of the mix"""
     steps: int = 20
     """timed steps or repeats"""
