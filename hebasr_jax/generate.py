@@ -1,15 +1,15 @@
 """Decoding with a key/value cache in slots: rows are filled, decoded together, and filled again.
 
-The cache of a layer is one array for keys and one for values, [R, P + G, K, H]: the first P slots
-of a row hold its right-padded prompt, the others are a ring. All rows write at one place of the
-ring, `step % G`, so that a step updates the cache in place whenever a row came in; what a row may
-attend to is `_valid_slots`. Positions are rotated before they are stored, so order is no matter.
+The cache of a layer is one array for keys and one for values, [R, S, K, H]; a row's places hold
+its prompt and then, one behind the other, what it wrote, and a place that is not written is never
+read. Positions are rotated before they are stored.
 
     empty_slots -> fill (features, prefill, first token) -> decode -> fill the rows that ended ...
 
 `generate` is the same without refilling. Every function here runs inside jit, on one device.
 """
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, DecoderConfig
 from hebasr_jax.model.asr import Asr, Inputs
-from hebasr_jax.model.attention import attend_cache
+from hebasr_jax.model.attention import attend_written
+
+_PLACES = 64  # a cache's length is a multiple of it: what kernels read at a time
 
 
 @struct.dataclass
@@ -44,8 +46,6 @@ class Choice:
 class Slots:
     """Rows that are decoded together.
 
-    step_1: decoding steps taken, the same for all rows.
-    start_R: step at which the row was filled.
     prompt_R: decoder positions of its prompt, audio included.
     token_R: its newest token, not yet fed to the decoder.
     length_R: tokens it has, the newest included; the end token is not kept.
@@ -57,8 +57,6 @@ class Slots:
     caches: keys and values of each layer.
     """
 
-    step_1: Int[Array, "1"]
-    start_R: Int[Array, " R"]
     prompt_R: Int[Array, " R"]
     token_R: Int[Array, " R"]
     length_R: Int[Array, " R"]
@@ -74,12 +72,11 @@ class Slots:
 def empty_slots(
     config: DecoderConfig, rows: int, prompt: int, budget: int, dtype: DTypeLike
 ) -> Slots:
-    """R = `rows` slots for prompts of up to P = `prompt` positions and G = `budget` new tokens."""
-    shape = (rows, prompt + budget, config.kv_heads, config.head_dim)
+    """R = `rows` slots for prompts of up to `prompt` positions and G = `budget` new tokens."""
+    places = _PLACES * math.ceil((prompt + budget) / _PLACES)
+    shape = (rows, places, config.kv_heads, config.head_dim)
     zeros_R = jnp.zeros(rows, jnp.int32)
     return Slots(
-        step_1=jnp.zeros(1, jnp.int32),
-        start_R=zeros_R,
         prompt_R=zeros_R,
         token_R=zeros_R,
         length_R=zeros_R,
@@ -114,7 +111,7 @@ def fill(
     """Puts M prompts into slots, with their first token; the other rows stay as they are.
 
     Args:
-      inputs: prompts only, at most P decoder positions when padded.
+      inputs: prompts only, padded to no more positions than the cache has.
       row_M: slots to fill, all different; one that is R or more fills none.
       budget_M: most tokens of each; 0 leaves a row empty and standing.
       end_ids: tokens that end a row.
@@ -139,8 +136,6 @@ def fill(
         return old.at[row_M, : new.shape[1]].set(new, mode="drop", unique_indices=True)
 
     new = Slots(
-        step_1=slots.step_1,
-        start_R=jnp.broadcast_to(slots.step_1, row_M.shape),
         prompt_R=prompt_M,
         token_R=token_M,
         length_R=kept_M.astype(jnp.int32),
@@ -158,7 +153,7 @@ def fill(
             (put_prompt(keys, k), put_prompt(values, v))
             for (keys, values), k, v in zip(slots.caches, *kept, strict=True)
         )
-    return replace(filled, step_1=slots.step_1, caches=caches)
+    return replace(filled, caches=caches)
 
 
 def decode(
@@ -167,19 +162,12 @@ def decode(
     """Decodes until no more than `leave` rows run; those that stand still are left alone."""
     layers = asr.decoder.unstacked()
     budget = slots.tokens_RG.shape[1]
-    prompt = slots.caches[0][0].shape[1] - budget
 
     def body(slots: Slots) -> Slots:
-        ring = slots.step_1[0] % budget
-        valid_RS = _valid_slots(slots, prompt, budget)
+        position_R = jnp.maximum(slots.prompt_R + slots.length_R - 1, 0)
+        written_R = jnp.where(slots.running_R, position_R + 1, 1)
         hidden_R1D, caches = _decode_one(
-            asr,
-            layers,
-            slots.token_R,
-            slots.prompt_R + slots.length_R - 1,
-            prompt + ring,
-            valid_RS,
-            slots.caches,
+            asr, layers, slots.token_R, position_R, written_R, slots.caches
         )
         token_R, logprob_R = _choose(asr, hidden_R1D, slots.choice, slots.length_R, sample)
         ends_R = jnp.isin(token_R, jnp.asarray(end_ids, jnp.int32))
@@ -188,7 +176,6 @@ def decode(
         length_R = slots.length_R + kept_R
         return replace(
             slots,
-            step_1=slots.step_1 + 1,
             token_R=jnp.where(kept_R, token_R, slots.token_R),
             length_R=length_R,
             running_R=kept_R & (length_R < slots.budget_R),
@@ -264,35 +251,29 @@ def _gumbel(seed_2: Array, n: Array, *, size: int) -> Float[Array, " V"]:
 def _decode_one(
     asr: Asr,
     layers: list[Any],
-    token_B: Array,
-    position_B: Array,
-    slot: Array,
-    valid_BS: Array,
+    token_R: Array,
+    position_R: Array,
+    written_R: Array,
     caches: tuple[tuple[Array, Array], ...],
-) -> tuple[Float[Array, "B 1 D"], tuple[tuple[Array, Array], ...]]:
-    """One new position of every row through all layers, unrolled: a scanned cache is copied."""
-    x_B1D = asr.decoder.embed_text(token_B[:, None])
-    angles = asr.decoder.angles(position_B[:, None])
+) -> tuple[Float[Array, "R 1 D"], tuple[tuple[Array, Array], ...]]:
+    """One new position of every row through all layers, unrolled: a scanned cache is copied.
+
+    A row that stands still writes its last place again and attends to one place only: nobody
+    reads what comes of it.
+    """
+    x_R1D = asr.decoder.embed_text(token_R[:, None])
+    angles = asr.decoder.angles(position_R[:, None])
+    row_R, kernel = jnp.arange(len(token_R)), asr.decoder.compute.kernel
     updated = []
     for layer, (keys, values) in zip(layers, caches, strict=True):
 
         def mix(q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values) -> Any:
-            keys = jax.lax.dynamic_update_slice_in_dim(keys, k, slot, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(values, v, slot, axis=1)
-            return attend_cache(q, keys, values, valid_BS), (keys, values)
+            keys, values = (
+                cache.at[row_R, position_R].set(new[:, 0], mode="drop", unique_indices=True)
+                for cache, new in ((keys, k), (values, v))
+            )
+            return attend_written(q, keys, values, written_R, kernel), (keys, values)
 
-        x_B1D, cache = layer(x_B1D, angles, mix)
+        x_R1D, cache = layer(x_R1D, angles, mix)
         updated.append(cache)
-    return asr.decoder.norm(x_B1D), tuple(updated)
-
-
-def _valid_slots(slots: Slots, prompt: int, budget: int) -> Bool[Array, "R S"]:
-    """Slots a row may attend to: its prompt, and what the ring took in since it was filled.
-
-    The ring's newest place has age 0. A row is fed at most G - 1 tokens, so none of its own is
-    overwritten.
-    """
-    slot_S = jnp.arange(prompt + budget)
-    age_S = (slots.step_1 - (slot_S - prompt)) % budget
-    own_RS = age_S <= (slots.step_1 - slots.start_R)[:, None]
-    return jnp.where(slot_S < prompt, slot_S < slots.prompt_R[:, None], own_RS)
+    return asr.decoder.norm(x_R1D), tuple(updated)

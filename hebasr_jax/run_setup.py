@@ -225,10 +225,7 @@ def step_for(setup: Setup, part: Part, bucket: Bucket) -> Step:
 def compile_steps(
     setup: Setup, parts: Sequence[Part], told: Callable[[Part, Bucket, Any], None]
 ) -> dict[tuple[str, Bucket], Any]:
-    """Every bucket's program in these stages, by stage and bucket.
-
-    Compiled in parallel threads, but on a GPU one after the other in this one: there runs are
-    only known to be sound when a single thread speaks to the device (docs/performance.md).
+    """Every bucket's program in these stages, by stage and bucket; compiled in parallel threads.
 
     Args:
       told: called with each stage, bucket and program when it is ready.
@@ -244,9 +241,6 @@ def compile_steps(
         return compiled
 
     jobs = [(part, bucket) for part in parts for bucket in part.feed.buckets]
-    if jax.default_backend() == "cpu":
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            programs = list(pool.map(one, jobs))
-    else:
-        programs = [one(job) for job in jobs]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        programs = list(pool.map(one, jobs))
     return {(p.stage.name, b): program for (p, b), program in zip(jobs, programs, strict=True)}

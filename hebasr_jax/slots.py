@@ -30,8 +30,10 @@ from hebasr_jax.text import Prompt
 
 _SHORTEST_S = 4  # shorter clips share the slots of this class
 _REFILLS = 4  # a fill takes a quarter of the slots
+_PIECE_S = 32  # most clips, and pieces of long ones, are shorter: little padding there
 _FREE = -1  # no utterance has the row
-_COLUMNS = 32  # text columns and budgets come in multiples of it
+_COLUMNS = 32  # text columns and budgets come in multiples of it, and columns of prompts ...
+_FEW_COLUMNS = 24  # ... or this: without context they have 18 tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,9 +179,10 @@ def classes(samples: Sequence[int]) -> dict[int, list[int]]:
 
 
 def bucket_s(seconds: float) -> int:
-    """The length in whole seconds that a clip is padded to: 1, 2, 3, 4, then steps of a quarter."""
+    """The length in whole seconds that a clip is padded to: 1 to 8, 10, 12 ... 32, 40, 48 ..."""
     whole = max(1, math.ceil(seconds))
     step = 2 ** max(0, (whole - 1).bit_length() - 3)
+    step = min(step, 2) if whole <= _PIECE_S else step
     return step * math.ceil(whole / step)
 
 
@@ -219,7 +222,8 @@ def _shape(
     utterances: Sequence[Utterance], audio_s: int, devices: int, batch_audio_s: float
 ) -> _Shape:
     """As many slots as the utterances need or memory takes: a new token needs a token's room."""
-    columns = _up(max(len(u.prompt.before) + len(u.prompt.after) for u in utterances))
+    text = max(len(u.prompt.before) + len(u.prompt.after) for u in utterances)
+    columns = _FEW_COLUMNS if text <= _FEW_COLUMNS else _up(text)
     budget = _up(max(u.budget for u in utterances))
     longest = bucket_s(max(len(u.wave_S) for u in utterances) / SAMPLE_RATE)
     room_s = max(audio_s, budget / CHUNK_TOKENS)
@@ -242,8 +246,9 @@ def _entries(
     some = {m: i for m, i in some.items() if i < len(utterances)}
     total = len(which)
     seconds = bucket_s(max(len(utterances[i].wave_S) for i in some.values()) / SAMPLE_RATE)
+    whole = all(utterances[i].wave_S.dtype == np.int16 for i in some.values())
     entries = _Entries(
-        wave_MS=np.zeros((total, seconds * SAMPLE_RATE), np.float32),
+        wave_MS=np.zeros((total, seconds * SAMPLE_RATE), np.int16 if whole else np.float32),
         samples_M=np.zeros(total, np.int32),
         text_MX=np.zeros((total, shape.columns), np.int32),
         text_lengths_M=np.ones(total, np.int32),
@@ -255,7 +260,7 @@ def _entries(
         utterance = utterances[i]
         wave_S, text = utterance.wave_S, utterance.prompt.before + utterance.prompt.after
         scale = np.float32(32768 if wave_S.dtype.kind == "i" else 1)
-        entries.wave_MS[m, : len(wave_S)] = wave_S / scale
+        entries.wave_MS[m, : len(wave_S)] = wave_S if whole else wave_S / scale
         entries.samples_M[m] = len(wave_S)
         entries.text_MX[m, : len(text)] = text
         entries.text_lengths_M[m] = len(text)

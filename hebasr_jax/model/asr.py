@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from hebasr_jax.config import ModelConfig
 from hebasr_jax.model.decoder import Decoder
 from hebasr_jax.model.encoder import Encoder, audio_tokens
-from hebasr_jax.model.layers import Compute, linear, rearrange_rows
+from hebasr_jax.model.layers import Compute, gelu, linear, rearrange_rows
 from hebasr_jax.paths import flat, nested
 
 Params = dict[str, Any]  # nested dict of arrays; weights.py has the table of its paths
@@ -44,7 +44,7 @@ class Projector(nnx.Module):
         self.out = linear(width, config.decoder.width, True, compute, rngs)
 
     def __call__(self, x_BAD: Array) -> Array:
-        return self.out(jax.nn.gelu(self.hidden(x_BAD), approximate=False))
+        return self.out(gelu(self.hidden(x_BAD)))
 
 
 class Asr(nnx.Module):

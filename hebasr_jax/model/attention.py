@@ -86,6 +86,30 @@ def _attend_in_blocks(
     return out.reshape(rows, blocks * _BLOCK, *out.shape[3:])[:, :length]
 
 
+def attend_written(
+    q_B1NH: Float[Array, "B 1 N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    written_B: Int[Array, " B"],
+    kernel: Kernel,
+) -> Float[Array, "B 1 N H"]:
+    """Attention of one new position of each row to the first `written_B` places of its cache.
+
+    A decoding step is bound by reading the cache: cuDNN reads what is written, XLA all of it.
+    """
+    if kernel == "xla":
+        valid_BS = jnp.arange(k_BSKH.shape[1]) < written_B[:, None]
+        return attend_cache(q_B1NH, k_BSKH, v_BSKH, valid_BS)
+    return jax.nn.dot_product_attention(
+        q_B1NH,
+        k_BSKH,
+        v_BSKH,
+        query_seq_lengths=jnp.ones_like(written_B),
+        key_value_seq_lengths=written_B,
+        implementation=kernel,
+    )
+
+
 def attend_cache(
     q_BLNH: Float[Array, "B L N H"],
     k_BSKH: Float[Array, "B S K H"],
@@ -95,7 +119,6 @@ def attend_cache(
     """Attention of new positions to the valid slots of a key/value cache.
 
     `valid` is [B, L, S], or [B, S] where a row's new positions see the same slots.
-    A decode step is bound by reading the cache, not by arithmetic, so plain XLA serves it.
     """
     mask_B1LS = valid.reshape(len(valid), 1, -1, valid.shape[-1])
     with jax.default_matmul_precision(matmul_precision(q_BLNH.dtype)):

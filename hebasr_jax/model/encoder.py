@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, EncoderConfig
 from hebasr_jax.model.attention import attend, matmul_precision
-from hebasr_jax.model.layers import Compute, layer_norm, linear, scan_layers, stack
+from hebasr_jax.model.layers import Compute, gelu, layer_norm, linear, scan_layers, stack
 
 Count = TypeVar("Count", int, Array, np.ndarray)
 
@@ -75,7 +75,7 @@ class Encoder(nnx.Module):
         mel_BTM = jnp.pad(mel_BTM, ((0, 0), (0, chunks * CHUNK_FRAMES - frames), (0, 0)))
         x = mel_BTM.astype(self.compute.dtype).reshape(clips * chunks, CHUNK_FRAMES, bins, 1)
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = jax.nn.gelu(conv(x), approximate=False)
+            x = gelu(conv(x))
         x_BAD = self.conv_out(x.reshape(clips, chunks * CHUNK_TOKENS, -1))
         rows = jnp.asarray(np.tile(sinusoids(self.config.width), (chunks, 1)), x_BAD.dtype)
         return x_BAD + rows
@@ -110,7 +110,7 @@ class EncoderLayer(nnx.Module):
     def __call__(self, x_BAD: Array, lengths_B: Int[Array, " B"]) -> Array:
         y_BAD = self.attention_norm(x_BAD)
         x_BAD = x_BAD + self.out(self.attend_windows(y_BAD, lengths_B))
-        y_BAF = jax.nn.gelu(self.up(self.mlp_norm(x_BAD)), approximate=False)
+        y_BAF = gelu(self.up(self.mlp_norm(x_BAD)))
         return x_BAD + self.down(y_BAF)
 
     def attend_windows(self, y_BAD: Array, lengths_B: Int[Array, " B"]) -> Array:
