@@ -133,7 +133,8 @@ class Bench:
         from hebasr_jax.run_config import Computation, Config
         from hebasr_jax.run_setup import compute_of
 
-        compute = compute_of(Config(compute=Computation(self.dtype, self.attention, "none")))
+        asked = Computation(self.dtype, self.attention)
+        compute = compute_of(Config(compute=asked))
         settings = generate.Settings(model_of(self.size), compute, self.slots, tokens=self.tokens)
         params = generate.random_params(settings.model, compute)
         rows = []

@@ -141,7 +141,10 @@ class Computation:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     remat: Literal["none", "dots", "full"] = "dots"
-    """what the backward pass recomputes: nothing, all but weight products, whole layers"""
+    """what the backward pass recomputes: nothing, all but weight products and attention, layers"""
+    unroll: bool | None = None
+    """layers one behind the other instead of in a loop: 7 % faster, slower to compile; None: on a
+    GPU"""
     loss_rows: int | None = None
     """text positions whose logits exist at a time; None: all"""
     gather: Literal["step", "layer"] = "step"

@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,13 @@ def compute_of(config: Config) -> Compute:
     return Compute(dtype, kernel, config.compute.remat)
 
 
+def step_compute(config: Config) -> Compute:
+    """How a training step computes: as the rest of the run, perhaps with its layers unrolled."""
+    unroll = config.compute.unroll
+    on_gpu = jax.default_backend() == "gpu"
+    return replace(compute_of(config), unroll=on_gpu if unroll is None else unroll)
+
+
 def copy_model_files(source: Path, files: Path, model: ModelConfig, stamps: bool) -> None:
     """A model's config and tokenizer files without its weights, with stamp tokens if asked for."""
     with new_folder(files) as folder:
@@ -210,7 +217,7 @@ def step_for(setup: Setup, part: Part, bucket: Bucket) -> Step:
     ]
     return Step(
         model=setup.model,
-        compute=setup.compute,
+        compute=step_compute(config),
         augment=config.augment,
         optimizer=part.optimizer,
         rates=partial(group_rates, config=part.optim, stage=part.stage, steps=part.schedule_steps),

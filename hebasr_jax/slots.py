@@ -29,7 +29,7 @@ from hebasr_jax.sharding import AXIS, rows
 from hebasr_jax.text import Prompt
 
 _SHORTEST_S = 4  # shorter clips share the slots of this class
-_REFILLS = 4  # a fill takes a quarter of the slots
+_REFILLS = 8  # a fill takes an eighth of the slots
 _PIECE_S = 32  # most clips, and pieces of long ones, are shorter: little padding there
 _FREE = -1  # no utterance has the row
 _COLUMNS = 32  # text columns and budgets come in multiples of it, and columns of prompts ...

@@ -8,11 +8,11 @@ moments    8 P / n, AdamW's; Muon has half of it for the layers' matrices, which
 copy       c (P + Q), gathered once a step, or / n when gathered by layer; none if c = 4, n = 1
 gradients  c P of one micro-batch (/ n when gathered by layer); if there are more than one, also
            their float32 sum 4 P / n
-stem       c x 4 arrays of each convolution's output (GELU's, kept for the backward pass)
+stem       c x 2 arrays of each convolution's output: before and after GELU
 encoder    R A x trained-through layers x what remat keeps of a layer at one token
 decoder    R L x the same of the decoder
 ends       12 bytes of each decoder position, for the last norm; where the projector is trained
-           through, 12 + 5 c of each audio token: its norm and its GELU
+           through, 12 + 3 c of each audio token: its norm and its GELU
 layer      what one layer keeps without remat: the backward pass recomputes it whole
 logits     8 bytes x vocabulary x text positions at a time: logits and gradient, in float32
 
@@ -20,6 +20,7 @@ Kept at one token (D width, F mlp, N and K heads x head size, W attended positio
 full       c D, the layer's input
 dots       encoder c (5 D + F): input, query, key, value, out, up
            decoder c (2 D + N + 2 K + 2 F): input, query, key, value, out, gate, up
+           with cuDNN also what attention gives, c D and c N
 none       every input of an operation's gradient, norms in float32, see `_kept_by_*`; with
            XLA attention also (4 + c) W of each head, with cuDNN nothing
 """
@@ -32,8 +33,7 @@ from hebasr_jax.config import CHUNK_TOKENS, ModelConfig
 from hebasr_jax.optim import RateRow
 from hebasr_jax.run_config import Config, Stage
 
-# Arrays of the size of each convolution's output that wait for the backward pass: GELU's own.
-_STEM_COPIES = 4
+_STEM_COPIES = 2  # arrays of the size of each convolution's output: before and after GELU
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def memory_estimate(
         encoder=audio * encoder_layers * _kept_by_encoder(model, remat, size, scores),
         decoder=positions * decoder_layers * _kept_by_decoder(model, remat, size, attended),
         ends=12 * positions * model.decoder.width
-        + (reaches_audio and (12 + 5 * size) * audio * model.encoder.width),
+        + (reaches_audio and (12 + 3 * size) * audio * model.encoder.width),
         layer=max(audio * encoder_token if encoder_layers else 0, positions * decoder_token),
         logits=8 * model.decoder.vocab_size * loss_rows,
     )
@@ -142,12 +142,12 @@ def _kept_by_encoder(model: ModelConfig, remat: str, size: int, scores: bool) ->
     if remat == "full":
         return size * encoder.width
     if remat == "dots":
-        return size * (5 * encoder.width + encoder.mlp_width)
+        return size * (5 * encoder.width + encoder.mlp_width + (not scores) * encoder.width)
     window = encoder.window_chunks * CHUNK_TOKENS if scores else 0
     norms = 2 * (12 + size) * encoder.width
     return (
         norms
-        + size * (5 * encoder.width + 4 * encoder.mlp_width)
+        + size * (5 * encoder.width + 2 * encoder.mlp_width)
         + (4 + size) * encoder.heads * window
     )
 
@@ -159,7 +159,8 @@ def _kept_by_decoder(model: ModelConfig, remat: str, size: int, attended: int) -
     if remat == "full":
         return size * decoder.width
     if remat == "dots":
-        return size * (2 * decoder.width + query + 2 * key + 2 * decoder.mlp_width)
+        attention = 0 if attended else query
+        return size * (2 * decoder.width + query + 2 * key + 2 * decoder.mlp_width + attention)
     norms = (12 + size) * (2 * decoder.width + query + key)
     return (
         norms

@@ -171,7 +171,7 @@ DEEP = dataclasses.replace(
     [
         ("none", Stage(), 0.03),
         ("dots", Stage(), 0.01),
-        ("full", Stage(), 0.03),
+        ("full", Stage(), 0.04),
         ("dots", Stage(encoder=Group(0.0)), 0.01),
         ("dots", FROZEN, 0.01),
         ("full", TOP, 0.04),

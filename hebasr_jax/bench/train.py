@@ -20,7 +20,7 @@ from hebasr_jax.model.asr import init_params
 from hebasr_jax.optim import make_optimizer, split, split_shapes
 from hebasr_jax.run_config import Computation, Config, Stage
 from hebasr_jax.run_folder import StopSignal
-from hebasr_jax.run_setup import Setup, compile_steps, compute_of, set_up
+from hebasr_jax.run_setup import Setup, compile_steps, set_up, step_compute
 from hebasr_jax.running import Run, Trainee, tell_pending
 from hebasr_jax.sharding import make_mesh, rows, shardings
 from hebasr_jax.step_memory import compiled_bytes
@@ -53,7 +53,7 @@ def fixed(settings: Settings) -> Row:
     optimizer, mesh = _optimizer(settings), make_mesh(settings.compute.devices)
     config = Config(compute=settings.compute)
     step = Step(
-        settings.model, compute_of(config), work.AUGMENT, optimizer, mesh, audio_s=work.CLIP_S
+        settings.model, step_compute(config), work.AUGMENT, optimizer, mesh, audio_s=work.CLIP_S
     )
     state = random_state(settings.model, Stage(), optimizer, mesh)
     host = work.full_batch(settings.model, settings.rows * mesh.size)
@@ -93,7 +93,7 @@ def fixed(settings: Settings) -> Row:
 def against_plain_attention(settings: Settings) -> Row:
     """The loss of a few rows, by the run's attention and by XLA's: they agree within 1e-2."""
     mesh = make_mesh(1)
-    compute = compute_of(Config(compute=settings.compute))
+    compute = step_compute(Config(compute=settings.compute))
     batch = work.full_batch(settings.model, _ORACLE_ROWS)
     trained, frozen = split(init_params(settings.model, jax.random.key(0)), Stage())
     total = jnp.asarray(batch.in_loss_BX.sum(), jnp.float32)

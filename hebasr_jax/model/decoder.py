@@ -13,8 +13,10 @@ from hebasr_jax.config import DecoderConfig
 from hebasr_jax.model.attention import attend
 from hebasr_jax.model.layers import (
     Compute,
+    join_columns,
     linear,
     look_up,
+    products,
     rms_norm,
     rotary_angles,
     rotate,
@@ -64,13 +66,20 @@ class Decoder(nnx.Module):
         return [layers for layers in (self.below, self.layers) if layers is not None]
 
     def unstacked(self) -> list[Any]:
-        """Each layer alone, its products' weights cast once: for loops that decode."""
+        """Each layer alone, its weights cast, and joined where they share an input, once.
+
+        For loops that decode: XLA joins such products by itself, but copies the weights each time.
+        """
         dtype = self.compute.dtype
-        return [
+        layers = [
             jax.tree.map(lambda w, n=n: w[n].astype(dtype) if w.ndim > 2 else w[n], stack)
             for stack in self.segments()
             for n in range(jax.tree.leaves(stack)[0].shape[0])
         ]
+        for layer in layers:
+            layer.query_key_value = join_columns(layer.query, layer.key, layer.value)
+            layer.gate_up = join_columns(layer.gate, layer.up)
+        return layers
 
     def angles(self, positions_BL: Int[Array, "B L"]) -> Array:
         """Rotary angles for the given positions."""
@@ -118,17 +127,22 @@ class DecoderLayer(nnx.Module):
         self.gate = dense(config.width, config.mlp_width)
         self.up = dense(config.width, config.mlp_width)
         self.down = dense(config.mlp_width, config.width)
+        # In loops that decode: the weights of several of these as one matrix.
+        self.query_key_value: Any = nnx.data(None)
+        self.gate_up: Any = nnx.data(None)
         self.config = config
 
     def __call__(self, x_BLD: Array, angles_BLH: Array, mix: Mixer) -> tuple[Array, Any]:
         """The block's output and what `mix` kept; the norm of q and k comes before the rotation."""
         y_BLD = self.attention_norm(x_BLD)
         heads = (*x_BLD.shape[:2], -1, self.config.head_dim)
-        q_BLNH = rotate(self.query_norm(self.query(y_BLD).reshape(heads)), angles_BLH)
-        k_BLKH = rotate(self.key_norm(self.key(y_BLD).reshape(heads)), angles_BLH)
-        v_BLKH = self.value(y_BLD).reshape(heads)
+        q, k, v = products(y_BLD, (self.query, self.key, self.value), self.query_key_value)
+        q_BLNH = rotate(self.query_norm(q.reshape(heads)), angles_BLH)
+        k_BLKH = rotate(self.key_norm(k.reshape(heads)), angles_BLH)
+        v_BLKH = v.reshape(heads)
         out_BLNH, kept = mix(q_BLNH, k_BLKH, v_BLKH)
         x_BLD = x_BLD + self.out(out_BLNH.reshape(*x_BLD.shape[:2], -1))
         y_BLD = self.mlp_norm(x_BLD)
-        x_BLD = x_BLD + self.down(jax.nn.silu(self.gate(y_BLD)) * self.up(y_BLD))
+        gate, up = products(y_BLD, (self.gate, self.up), self.gate_up)
+        x_BLD = x_BLD + self.down(jax.nn.silu(gate) * up)
         return x_BLD, kept

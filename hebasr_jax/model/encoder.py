@@ -116,23 +116,20 @@ class EncoderLayer(nnx.Module):
     def attend_windows(self, y_BAD: Array, lengths_B: Int[Array, " B"]) -> Array:
         """Attention inside windows of 104 tokens, counted from each clip's start.
 
-        Rows are padded to whole windows here only; the dense layers never see that padding.
+        Rows are padded to whole windows here only; the MLP never sees that padding.
         """
         clips, tokens, width = y_BAD.shape
         window = min(tokens, self.config.window_chunks * CHUNK_TOKENS)
         windows = -(-tokens // window)
-
-        def split(x_BAD: Array) -> Array:
-            x_BAD = jnp.pad(x_BAD, ((0, 0), (0, windows * window - tokens), (0, 0)))
-            return x_BAD.reshape(clips * windows, window, self.config.heads, -1)
-
+        y_BAD = jnp.pad(y_BAD, ((0, 0), (0, windows * window - tokens), (0, 0)))
+        shape = (clips * windows, window, self.config.heads, -1)
         start = window * jnp.arange(windows)
         # Windows behind a clip's end keep length 1, since kernels may fail on empty rows.
         lengths = jnp.clip(lengths_B[:, None] - start, 1, window).reshape(-1)
         out = attend(
-            split(self.query(y_BAD)),
-            split(self.key(y_BAD)),
-            split(self.value(y_BAD)),
+            self.query(y_BAD).reshape(shape),
+            self.key(y_BAD).reshape(shape),
+            self.value(y_BAD).reshape(shape),
             lengths_B=lengths,
             causal=False,
             kernel=self.compute.kernel,

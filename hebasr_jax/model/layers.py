@@ -23,12 +23,15 @@ class Compute:
     dtype: of activations and of the weights as they enter a product.
     kernel: attention kernel of the encoder's windows and of the decoder's full rows.
     remat: what the backward pass of a layer recomputes: nothing, all but the outputs of weight
-      products, or the whole layer.
+      products and of attention, or the whole layer.
+    unroll: layers follow each other in the program instead of in a loop, which copies weights and
+      what is kept in and out of stacks; programs take longer to compile.
     """
 
     dtype: DTypeLike = jnp.float32
     kernel: Kernel = "xla"
     remat: Remat = "none"
+    unroll: bool = False
 
 
 def linear(n_in: int, n_out: int, bias: bool, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
@@ -41,6 +44,20 @@ def linear(n_in: int, n_out: int, bias: bool, compute: Compute, rngs: nnx.Rngs) 
         precision=matmul_precision(compute.dtype),
         rngs=rngs,
     )
+
+
+def join_columns(*linears: nnx.Linear) -> Array:
+    """The kernels of dense layers without bias side by side, as they enter a product."""
+    return jnp.concatenate([linear.kernel[...] for linear in linears], axis=-1)
+
+
+def products(x: Array, linears: Sequence[nnx.Linear], joined: Array | None) -> list[Array]:
+    """What dense layers make of one input; by one product where their weights are joined."""
+    if joined is None:
+        return [linear(x) for linear in linears]
+    ends = np.cumsum([linear.kernel.shape[-1] for linear in linears])[:-1].tolist()
+    with jax.default_matmul_precision(matmul_precision(x.dtype)):
+        return jnp.split(x @ joined, ends, axis=-1)
 
 
 def layer_norm(width: int, compute: Compute, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -78,7 +95,7 @@ def scan_layers(
         body = jax.checkpoint(body, policy=policies[compute.remat])
     kept = []
     for layers in segments:
-        x, ys = jax.lax.scan(lambda x, layer: body(layer, x), x, layers)
+        x, ys = jax.lax.scan(lambda x, layer: body(layer, x), x, layers, unroll=compute.unroll)
         kept.append(ys)
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
 
