@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -31,6 +31,10 @@ from hebasr_jax.text import Prompt
 _SHORTEST_S = 4  # shorter clips share the slots of this class
 _REFILLS = 8  # a fill takes an eighth of the slots
 _PIECE_S = 32  # most clips, and pieces of long ones, are shorter: little padding there
+_FILL_S = 2048  # padded audio in a fill: the conv stem takes 6 MB for each second of it
+# Of few rows, cuBLAS reads weights quicker than the kernels that XLA's own trials prefer: they
+# find the weights in a cache that a decoding step has long overwritten.
+_DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _FREE = -1  # no utterance has the row
 _COLUMNS = 32  # text columns and budgets come in multiples of it, and columns of prompts ...
 _FEW_COLUMNS = 24  # ... or this: without context they have 18 tokens
@@ -230,6 +234,7 @@ def _shape(
     most = 1 << max(0, math.floor(math.log2(max(1.0, batch_audio_s / room_s))))
     needed = 1 << (math.ceil(len(utterances) / devices) - 1).bit_length()
     fill_rows = needed if needed <= most else max(1, most // _REFILLS)
+    fill_rows = min(fill_rows, max(1, _FILL_S // audio_s))
     prompt = columns + CHUNK_TOKENS * longest
     return _Shape(min(needed, most), fill_rows, columns, prompt, budget)
 
@@ -330,8 +335,22 @@ def _fill(params: Params, slots: Slots, entries: _Entries, row_M: Any, program: 
     return _on_each_device(on_one, program, whole=1, cut=3)(params, slots, entries, row_M)
 
 
-@partial(jax.jit, static_argnums=3, donate_argnums=1)
 def _decode(params: Params, slots: Slots, leave: Any, program: _Program) -> Slots:
+    return _decoder(program.mesh.devices.flat[0].platform)(params, slots, leave, program)
+
+
+@cache
+def _decoder(platform: str) -> Any:
+    """`_decode_slots` compiled for a kind of device."""
+    return jax.jit(
+        _decode_slots,
+        static_argnums=3,
+        donate_argnums=1,
+        compiler_options=_DECODE_OPTIONS.get(platform),
+    )
+
+
+def _decode_slots(params: Params, slots: Slots, leave: Any, program: _Program) -> Slots:
     def on_one(params: Params, leave: Any, slots: Slots) -> Slots:
         asr = bind(params, program.config, program.compute)
         return decode(asr, slots, leave, end_ids=program.end_ids, sample=program.sample)

@@ -132,13 +132,13 @@ def _norm(epsilon):
     return make
 
 
-GELU, ROTATE, SINUSOIDS = jax.nn.gelu, layers.rotate, encoder_module.sinusoids
+ROTATE, SINUSOIDS = layers.rotate, encoder_module.sinusoids
 PATCHES = {
     "2 positions over the clip": _patch_stem,
     "4 sines and cosines interleaved": lambda m: m.setattr(
         encoder_module, "sinusoids", lambda width: _interleave(SINUSOIDS(width))
     ),
-    "5 tanh GELU": lambda m: m.setattr(jax.nn, "gelu", lambda x, approximate=None: GELU(x)),
+    "5 tanh GELU": lambda m: m.setattr(encoder_module, "gelu", jax.nn.gelu),
     "6 Flax's LayerNorm epsilon": lambda m: m.setattr(encoder_module, "layer_norm", _norm(1e-6)),
     "10 12.5 tokens a second": lambda m: m.setattr(
         asr_module, "audio_tokens", lambda frames: (frames + 7) // 8

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, EncoderConfig
 from hebasr_jax.model.attention import attend, matmul_precision
-from hebasr_jax.model.layers import Compute, gelu, layer_norm, linear, scan_layers, stack
+from hebasr_jax.model.layers import Compute, convolve, gelu, layer_norm, linear, scan_layers, stack
 
 Count = TypeVar("Count", int, Array, np.ndarray)
 
@@ -75,7 +75,7 @@ class Encoder(nnx.Module):
         mel_BTM = jnp.pad(mel_BTM, ((0, 0), (0, chunks * CHUNK_FRAMES - frames), (0, 0)))
         x = mel_BTM.astype(self.compute.dtype).reshape(clips * chunks, CHUNK_FRAMES, bins, 1)
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = gelu(conv(x))
+            x = gelu(convolve(conv, x))
         x_BAD = self.conv_out(x.reshape(clips, chunks * CHUNK_TOKENS, -1))
         rows = jnp.asarray(np.tile(sinusoids(self.config.width), (chunks, 1)), x_BAD.dtype)
         return x_BAD + rows
@@ -116,20 +116,23 @@ class EncoderLayer(nnx.Module):
     def attend_windows(self, y_BAD: Array, lengths_B: Int[Array, " B"]) -> Array:
         """Attention inside windows of 104 tokens, counted from each clip's start.
 
-        Rows are padded to whole windows here only; the MLP never sees that padding.
+        Rows are padded to whole windows here only; the dense layers never see that padding.
         """
         clips, tokens, width = y_BAD.shape
         window = min(tokens, self.config.window_chunks * CHUNK_TOKENS)
         windows = -(-tokens // window)
-        y_BAD = jnp.pad(y_BAD, ((0, 0), (0, windows * window - tokens), (0, 0)))
-        shape = (clips * windows, window, self.config.heads, -1)
+
+        def split(x_BAD: Array) -> Array:
+            x_BAD = jnp.pad(x_BAD, ((0, 0), (0, windows * window - tokens), (0, 0)))
+            return x_BAD.reshape(clips * windows, window, self.config.heads, -1)
+
         start = window * jnp.arange(windows)
         # Windows behind a clip's end keep length 1, since kernels may fail on empty rows.
         lengths = jnp.clip(lengths_B[:, None] - start, 1, window).reshape(-1)
         out = attend(
-            self.query(y_BAD).reshape(shape),
-            self.key(y_BAD).reshape(shape),
-            self.value(y_BAD).reshape(shape),
+            split(self.query(y_BAD)),
+            split(self.key(y_BAD)),
+            split(self.value(y_BAD)),
             lengths_B=lengths,
             causal=False,
             kernel=self.compute.kernel,
