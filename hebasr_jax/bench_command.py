@@ -1,5 +1,8 @@
 """The command `bench`: its flags, and what it prints. Light to import."""
 
+import importlib.util
+import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -60,6 +63,10 @@ class Bench:
     """when sharded weights are gathered"""
     devices: int | None = None
     """of the mesh; all by default"""
+    join_share: float = 0.0
+    """share of the short clips of the mix that are joined, as in a config"""
+    peer: bool = False
+    """first run transformers on the same work, in a process of its own (needs torch)"""
     threads: int = 16
     """that read shards in `data`"""
     audio_s: float = 60_000.0
@@ -76,9 +83,10 @@ class Bench:
                 raise UserError(f"--{name.replace('_', '-')} must be positive")
         if self.tokens < 3 or min(self.slots, default=0) < 1:
             raise UserError("--tokens must be 3 or more, and --slots 1 or more")
+        rows = self._peers() if self.peer else []  # before JAX takes the device's memory
         told = facts() | {"size": self.size}
         with tempfile.TemporaryDirectory(prefix="hebasr-bench-") as folder:
-            rows = self._measured(Path(folder))
+            rows += self._measured(Path(folder))
         if self.json:
             print(as_json(self.what, told, rows))
             return 0
@@ -102,6 +110,22 @@ class Bench:
 
         return fed(model_of(self.size), folder, self.audio_s, self.threads, _say)
 
+    def _peers(self) -> list[dict[str, Any]]:
+        """What `bench.peer` prints; its module is the only one with torch."""
+        if self.what not in ("train", "generate"):
+            raise UserError(f"there is no peer for {self.what}", do="leave --peer out")
+        if not importlib.util.find_spec("torch"):
+            raise UserError("--peer needs torch", "it is not installed", "pip install torch")
+        rows = [self.rows] if self.what == "train" else list(self.slots)
+        module = [sys.executable, "-m", "hebasr_jax.bench.peer", self.what, self.size]
+        flags = ["--steps", str(self.steps), "--tokens", str(self.tokens)]
+        done = subprocess.run(
+            [*module, *map(str, rows), *flags], stdout=subprocess.PIPE, text=True, check=False
+        )
+        if done.returncode:
+            raise UserError("the peer failed", f"exit code {done.returncode}", "see what it said")
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
     def _train(self, folder: Path) -> list[dict[str, Any]]:
         from hebasr_jax.bench import train
         from hebasr_jax.bench.work import model_of
@@ -116,7 +140,13 @@ class Bench:
             cache_dir=None,
         )
         settings = train.Settings(
-            model_of(self.size), compute, self.rows, self.steps, self.mix_audio_s, self.buckets
+            model_of(self.size),
+            compute,
+            self.rows,
+            self.steps,
+            self.mix_audio_s,
+            self.buckets,
+            self.join_share,
         )
         rows = []
         if "product" in self.work:

@@ -46,6 +46,7 @@ class Settings:
     steps: int
     mix_audio_s: float
     buckets: int
+    join_share: float = 0.0
 
 
 def fixed(settings: Settings) -> Row:
@@ -198,7 +199,11 @@ def _open_mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> S
         work.AUGMENT,
         settings.compute,
     )
-    config = replace(config, train=replace(config.train, log_steps=settings.steps))
+    config = replace(
+        config,
+        data=replace(config.data, join_share=settings.join_share),
+        train=replace(config.train, log_steps=settings.steps),
+    )
     return set_up(config, folder / "files", folder / "quarantine.jsonl")
 
 
