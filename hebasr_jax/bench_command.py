@@ -57,6 +57,8 @@ class Bench:
     """new tokens that each clip of 30 s is made to have"""
     remat: Literal["none", "dots", "full"] = "dots"
     """what the backward pass recomputes, as in a config"""
+    unroll: bool = False
+    """layers one behind the other instead of in a loop, as in a config"""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """attention kernel"""
     gather: Literal["step", "layer"] = "step"
@@ -135,6 +137,7 @@ class Bench:
             dtype=self.dtype,
             attention=self.attention,
             remat=self.remat,
+            unroll=self.unroll,
             gather=self.gather,
             devices=self.devices,
             cache_dir=None,

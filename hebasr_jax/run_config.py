@@ -142,9 +142,9 @@ class Computation:
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     remat: Literal["none", "dots", "full"] = "dots"
     """what the backward pass recomputes: nothing, all but weight products and attention, layers"""
-    unroll: bool | None = None
-    """layers one behind the other instead of in a loop: 7 % faster, slower to compile; None: on a
-    GPU"""
+    unroll: bool = False
+    """layers one behind the other instead of in a loop: 7 % faster on a GPU, and a minute or more
+    to compile for each bucket"""
     loss_rows: int | None = None
     """text positions whose logits exist at a time; None: all"""
     gather: Literal["step", "layer"] = "step"

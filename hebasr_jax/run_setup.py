@@ -145,9 +145,7 @@ def compute_of(config: Config) -> Compute:
 
 def step_compute(config: Config) -> Compute:
     """How a training step computes: as the rest of the run, perhaps with its layers unrolled."""
-    unroll = config.compute.unroll
-    on_gpu = jax.default_backend() == "gpu"
-    return replace(compute_of(config), unroll=on_gpu if unroll is None else unroll)
+    return replace(compute_of(config), unroll=config.compute.unroll)
 
 
 def copy_model_files(source: Path, files: Path, model: ModelConfig, stamps: bool) -> None:
