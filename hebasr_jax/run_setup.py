@@ -230,7 +230,10 @@ def step_for(setup: Setup, part: Part, bucket: Bucket) -> Step:
 def compile_steps(
     setup: Setup, parts: Sequence[Part], told: Callable[[Part, Bucket, Any], None]
 ) -> dict[tuple[str, Bucket], Any]:
-    """Every bucket's program in these stages, by stage and bucket; compiled in parallel threads.
+    """Every bucket's program in these stages, by stage and bucket.
+
+    Compiled in parallel threads, but on a GPU one after the other: there two at a time were seen to
+    go well, and six or more not to end within three minutes (docs/performance.md).
 
     Args:
       told: called with each stage, bucket and program when it is ready.
@@ -246,6 +249,7 @@ def compile_steps(
         return compiled
 
     jobs = [(part, bucket) for part in parts for bucket in part.feed.buckets]
-    with ThreadPoolExecutor(max_workers=8) as pool:
+    workers = 8 if jax.default_backend() == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
         programs = list(pool.map(one, jobs))
     return {(p.stage.name, b): program for (p, b), program in zip(jobs, programs, strict=True)}

@@ -80,7 +80,7 @@ def memory_estimate(
 
     Nothing is kept below the lowest trained tensor. Stem to ends are within 4 % of what JAX keeps;
     the whole is within 25 % of XLA's figure on CPU in float32 (`tests/test_dry_run.py`), and was
-    16 to 18 % above it on an H200 at 1.7B (docs/performance.md).
+    12 to 22 % above it on an H200 at 1.7B (docs/expect.md).
 
     Args:
       accumulated: the batch is cut into more than one micro-batch.

@@ -63,7 +63,7 @@ def test_a_decoding_step_reads_its_weights_and_its_cache() -> None:
     [
         "train --rows 1 --steps 1 --work product fixed --peer",
         "train --steps 1 --mix-audio-s 30 --buckets 1 --work mix",
-        "generate --slots 2 --tokens 4 --work slots --peer",
+        "generate --slots 64 --tokens 4 --work hour",
         "features --rows 1 --steps 2",
         "data --audio-s 10000 --threads 2",
     ],

@@ -25,10 +25,10 @@ from hebasr_jax.text import Prompt, PromptStyle, load_tokenizer
 from hebasr_jax.throughput import peak_bytes
 from hebasr_jax.transcribe import Recognition, Recognizer, transcribe
 
-_FILLINGS = 4  # clips for each slot where slots are refilled
+_REFILLED = 512  # clips where slots are refilled, but at least two for each slot
 _LAW = 0.25  # sigma of a clip's new tokens around the 5 a second and 4 of the mix
 _FEWER = 21  # tokens: a decoding step is the difference of two runs, by the same programs
-_REPEATS = 3
+_REPEATS = 2
 _GIB = 2**30
 
 
@@ -74,7 +74,7 @@ def in_slots(settings: Settings, params: Params) -> list[Row]:
         if reads:
             row["floor"] = step_s / (step_bytes(settings, slots) / reads)
         rows.append(row)
-        law = forced_law(settings, _FILLINGS * clips)
+        law = forced_law(settings, max(_REFILLED, 2 * clips))
         for budgets, told in (
             ([settings.tokens] * len(law), "the same, refilled"),
             (law, f"by a law, mean {np.mean(law):.0f}, refilled"),
@@ -148,7 +148,7 @@ def _law(rng: np.random.Generator, seconds: float) -> int:
 def _decoded(
     settings: Settings, params: Params, slots: int, budgets: Sequence[int], told: str
 ) -> tuple[float, Row]:
-    """Seconds of the quickest of three calls after a first one, and its row."""
+    """Seconds of the quicker of two calls after a first one, and its row."""
     wave = work.noise(np.random.default_rng(0), settings.clip_s * SAMPLE_RATE)
     slot_s = next(iter(classes([len(wave)])))
     prompt = Prompt(tuple(range(9)), tuple(range(work.PROMPT_TOKENS - 9)))
