@@ -76,21 +76,31 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 
-def write_page(path: Path, title: str, sections: Mapping[str, str], media: bool = False) -> None:
+def write_page(
+    path: Path,
+    title: str,
+    sections: Mapping[str, str],
+    *,
+    media: bool = False,
+    from_right: bool = False,
+) -> None:
     """Writes sections of HTML under their headings, whole or not at all. Raises `UserError`.
 
     The style is inside; nothing is run, and nothing loaded but, with `media`, sound of local files.
+
+    Args:
+      from_right: the page is laid out from right to left; each text runs as its letters do.
     """
     partial = path.with_name(f".{path.stem}-{os.getpid()}.partial")
     try:
-        partial.write_text(_whole_page(title, sections, media), "utf-8", "replace")
+        partial.write_text(_whole_page(title, sections, media, from_right), "utf-8", "replace")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written", error.strerror or str(error)) from None
 
 
-def _whole_page(title: str, sections: Mapping[str, str], media: bool) -> str:
+def _whole_page(title: str, sections: Mapping[str, str], media: bool, from_right: bool) -> str:
     body = "".join(
         f"<section>{f'<h2>{html.escape(heading)}</h2>' if heading else ''}{content}</section>"
         for heading, content in sections.items()
@@ -100,7 +110,8 @@ def _whole_page(title: str, sections: Mapping[str, str], media: bool) -> str:
         "; media-src 'self' file:" if media else ""
     )  # 'self' where a server hands out the folder
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="en" dir="{"rtl" if from_right else "ltr"}">'
+        '<head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" '
         f"content=\"default-src 'none'; style-src 'unsafe-inline'{sound}\">"
@@ -152,7 +163,7 @@ p { max-width: 48rem; color: var(--muted); margin: .4rem 0; }
 h4 { font-size: .9rem; margin: .8rem 0 .2rem; } a { color: inherit; }
 .wide, .charts { margin: .6rem 0 1.2rem; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { text-align: start; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
+th, td { text-align: start; padding-block: .25rem; padding-inline: 0 .7rem; border-bottom: 1px solid var(--line);
   vertical-align: top; } th { color: var(--muted); font-weight: 600; }
 .tight td { white-space: nowrap; padding-inline-end: .55rem; }
 .tight .long { white-space: normal; min-width: 11rem; }
@@ -174,5 +185,8 @@ audio { display: block; width: 22rem; max-width: 100%; height: 2.2rem; margin: .
 .words > .substitute, .words > .delete, .words > .insert { background: var(--paper);
   outline: 1px solid currentColor; }
 .key { max-width: none; }
+[dir=rtl] :is(h1, h2, h3, h4, p, th, td, summary, figcaption, .tile > *, .id) {
+  direction: ltr; unicode-bidi: plaintext; text-align: right; }
+[dir=rtl] svg { direction: ltr; }
 .key > span { white-space: nowrap; margin-inline-start: .6rem; font-weight: 600; }
 """

@@ -68,7 +68,7 @@ def write_evaluation_report(out: Path) -> Path:
     }
     page = out / "report.html"
     title = f"Evaluation: {out.resolve().name}"
-    write_page(page, title, sections, media=True)
+    write_page(page, title, sections, media=True, from_right=True)
     return page
 
 
