@@ -18,6 +18,21 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 Row = dict[str, Any]
 
+_compiled: list[str] = []
+
+
+def _listen(event: str, duration_secs: float, **details: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+def programs_compiled() -> int:
+    """How many programs JAX has compiled, or taken from its cache, since this module was loaded."""
+    return len(_compiled)
+
 
 def facts() -> Row:
     """Date, commit, device and versions: what a number must carry."""

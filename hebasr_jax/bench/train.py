@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from hebasr_jax.bench import work
-from hebasr_jax.bench.figures import DATASHEET_TFLOPS, Row, product_tflops, seconds_of, spread
+from hebasr_jax.bench.figures import (
+    DATASHEET_TFLOPS,
+    Row,
+    product_tflops,
+    programs_compiled,
+    seconds_of,
+    spread,
+)
 from hebasr_jax.bench.shards import drop_from_cache, mix_config, write_mix
 from hebasr_jax.checkpoint import CheckpointStore
 from hebasr_jax.config import ModelConfig
@@ -145,8 +152,15 @@ def mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> Row:
         trainee = Trainee(state, 0, 0, 0, 0, Window(1, setup.mesh.size))
         drop_from_cache(folder / "shards")
         with stream(part.feed, epochs=2) as batches:
-            for _ in range(2 * settings.steps + 1):
+            for _ in range(settings.steps):
                 one_step(run, trainee, next(batches))
+            warm = programs_compiled()
+            for _ in range(settings.steps + 1):
+                one_step(run, trainee, next(batches))
+            if programs_compiled() > warm:
+                raise AssertionError(
+                    f"{programs_compiled() - warm} programs compiled while steps ran"
+                )
         tell_pending(run, trainee)
     told = [line for line in lines if "audio_s_per_s" in line][-1]
     tflops = told["tflops"]
