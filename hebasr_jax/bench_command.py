@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +15,10 @@ import tyro
 from hebasr_jax.errors import UserError
 
 _SLOTS = (64, 128, 256, 512)
+_PARTS: dict[str, tuple[str, ...]] = {
+    "train": ("product", "fixed", "mix"),
+    "generate": ("slots", "file"),
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Bench:
     """Speed of this machine with random weights of a real model's sizes.
 
     train: the whole step on clips of 30 s, and on a mix of lengths from shards on disk.
-    generate: decoding with forced lengths, and a file of an hour. features: they and each
+    generate: decoding with forced lengths, and a long file. features: they and each
     augmentation alone. data: shards to batches, no device.
     """
 
@@ -35,14 +39,8 @@ class Bench:
     """of the model"""
     json: bool = False
     """print one JSON object instead of a table; kept as runs/bench.json, --dry-run tells hours"""
-    work: tuple[Literal["product", "fixed", "mix", "slots", "hour"], ...] = (
-        "product",
-        "fixed",
-        "mix",
-        "slots",
-        "hour",
-    )
-    """parts of `train` (product, fixed, mix) and of `generate` (slots, hour) to measure"""
+    work: tuple[Literal["product", "fixed", "mix", "slots", "file"], ...] = ()
+    """parts of `train` (product, fixed, mix) or of `generate` (slots, file); all by default"""
     rows: int = 32
     """clips of 30 s on each device in a step of the fixed work"""
     mix_audio_s: float = 960.0
@@ -55,6 +53,8 @@ class Bench:
     """rows decoded together on each device"""
     tokens: int = 150
     """new tokens that each clip of 30 s is made to have"""
+    minutes: float = 60.0
+    """length of the long file"""
     remat: Literal["none", "dots", "full"] = "dots"
     """what the backward pass recomputes, as in a config"""
     unroll: bool = False
@@ -80,37 +80,58 @@ class Bench:
         from hebasr_jax.bench.figures import as_json, facts
         from hebasr_jax.dry_run import show
 
+        self._check()
+        rows = self._peers() if self.peer else []  # before JAX takes the device's memory
+        told = facts() | {"size": self.size}
+        try:
+            with tempfile.TemporaryDirectory(prefix="hebasr-bench-") as folder:
+                for row in self._measured(Path(folder)):
+                    rows.append(row)
+                    _say("measured: " + ", ".join(f"{k} {_short(v)}" for k, v in row.items()))
+        finally:  # what was measured before a fault is told all the same
+            if self.json:
+                print(as_json(self.what, told, rows))
+            else:
+                print("  ".join(f"{name} {value}" for name, value in told.items()))
+                for title, some in _alike(rows):
+                    show(title, some)
+        return 0
+
+    def _check(self) -> None:
+        """Refuses flags that make no work, or that this measurement does not read."""
         for name in ("rows", "steps", "buckets", "mix_audio_s", "tokens", "threads", "audio_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive")
-        if self.tokens < 3 or min(self.slots, default=0) < 1:
-            raise UserError("--tokens must be 3 or more, and --slots 1 or more")
-        rows = self._peers() if self.peer else []  # before JAX takes the device's memory
-        told = facts() | {"size": self.size}
-        with tempfile.TemporaryDirectory(prefix="hebasr-bench-") as folder:
-            rows += self._measured(Path(folder))
-        if self.json:
-            print(as_json(self.what, told, rows))
-            return 0
-        print("  ".join(f"{name} {value}" for name, value in told.items()))
-        for title, some in _alike(rows):
-            show(title, some)
-        return 0
+        if self.tokens < 3 or min(self.slots, default=0) < 1 or self.minutes < 0.1:
+            raise UserError("--tokens must be 3 or more, --slots 1 or more, --minutes 0.1 or more")
+        if not 0 <= self.join_share <= 1:
+            raise UserError("--join-share is a share", "it lies in 0..1")
+        if foreign := set(self.work) - set(_PARTS.get(self.what, ())):
+            raise UserError(
+                f"--work {sorted(foreign)[0]} is no part of {self.what}",
+                f"its parts are {', '.join(_PARTS.get(self.what, ())) or 'not told apart'}",
+            )
+        if self.devices is not None and self.what != "train":
+            raise UserError("--devices is for train", f"{self.what} takes what is there")
 
-    def _measured(self, folder: Path) -> list[dict[str, Any]]:
+    def _parts(self) -> tuple[str, ...]:
+        return self.work or _PARTS[self.what]
+
+    def _measured(self, folder: Path) -> Iterator[dict[str, Any]]:
         from hebasr_jax.bench.work import model_of
 
         if self.what == "train":
-            return self._train(folder)
-        if self.what == "generate":
-            return self._generate(folder)
-        if self.what == "features":
+            yield from self._train(folder)
+        elif self.what == "generate":
+            yield from self._generate(folder)
+        elif self.what == "features":
             from hebasr_jax.bench.features import by_part
 
-            return by_part(model_of(self.size), self.rows, self.steps)
-        from hebasr_jax.bench.data import fed
+            yield from by_part(model_of(self.size), self.rows, self.steps)
+        else:
+            from hebasr_jax.bench.data import fed
 
-        return fed(model_of(self.size), folder, self.audio_s, self.threads, _say)
+            yield from fed(model_of(self.size), folder, self.audio_s, self.threads, _say)
 
     def _peers(self) -> list[dict[str, Any]]:
         """What `bench.peer` prints; its module is the only one with torch."""
@@ -128,7 +149,7 @@ class Bench:
             raise UserError("the peer failed", f"exit code {done.returncode}", "see what it said")
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
-    def _train(self, folder: Path) -> list[dict[str, Any]]:
+    def _train(self, folder: Path) -> Iterator[dict[str, Any]]:
         from hebasr_jax.bench import train
         from hebasr_jax.bench.work import model_of
         from hebasr_jax.run_config import Computation
@@ -151,16 +172,15 @@ class Bench:
             self.buckets,
             self.join_share,
         )
-        rows = []
-        if "product" in self.work:
-            rows.append(train.matrix_product())
-        if "fixed" in self.work:
-            rows += [train.against_plain_attention(settings), train.fixed(settings)]
-        if "mix" in self.work:
-            rows.append(train.mix(settings, folder, _say))
-        return rows
+        if "product" in self._parts():
+            yield train.matrix_product()
+        if "fixed" in self._parts():
+            yield train.against_plain_attention(settings)
+            yield train.fixed(settings)
+        if "mix" in self._parts():
+            yield train.mix(settings, folder, _say)
 
-    def _generate(self, folder: Path) -> list[dict[str, Any]]:
+    def _generate(self, folder: Path) -> Iterator[dict[str, Any]]:
         from hebasr_jax.bench import generate
         from hebasr_jax.bench.work import model_of
         from hebasr_jax.run_config import Computation, Config
@@ -170,12 +190,15 @@ class Bench:
         compute = compute_of(Config(compute=asked))
         settings = generate.Settings(model_of(self.size), compute, self.slots, tokens=self.tokens)
         params = generate.random_params(settings.model, compute)
-        rows = []
-        if "slots" in self.work:
-            rows += generate.in_slots(settings, params)
-        if "hour" in self.work:
-            rows.append(generate.an_hour(settings, params, folder))
-        return rows
+        yield {"attention": compute.kernel, "in": "encoder windows, prefill, cached decoding"}
+        if "slots" in self._parts():
+            yield from generate.in_slots(settings, params)
+        if "file" in self._parts():
+            yield generate.a_file(settings, params, folder, self.minutes)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _alike(rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

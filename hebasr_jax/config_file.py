@@ -1,8 +1,7 @@
 """Config files: loading, `--set`, where each value came from, and the way to JSON and back.
 
-Inside this module a config is a flat dict from path to value, such as
-`{"stages.0.decoder.learning_rate": 2e-5, "data.train.0.name": "fleurs"}`: overriding, comparing and
-writing are then plain dict operations, and one function builds the dataclasses, checking types.
+Inside this module a config is a flat dict such as `{"data.train.0.name": "fleurs"}`: overriding,
+comparing and writing are plain dict operations, and one function builds and checks the dataclasses.
 """
 
 import dataclasses
@@ -177,10 +176,9 @@ def _run(path: Path) -> Config:
         raise UserError(f"no config at {path}", why, f"did you mean {near[0]}?" if near else "")
     folder = path.resolve().parent
     spec = importlib.util.spec_from_file_location(f"{folder.name}.{path.stem}", path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
+    assert spec and spec.loader  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
-    before, path_before, writes = set(sys.modules), list(sys.path), sys.dont_write_bytecode
+    others, path_before, writes = _put_aside(folder.name), [*sys.path], sys.dont_write_bytecode
     # Compiled files are told apart by size and whole seconds: a quick edit could be missed.
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(folder.parent))
@@ -194,12 +192,18 @@ def _run(path: Path) -> Config:
         raise UserError(*_told(error, path, folder)) from error
     finally:
         sys.path[:], sys.dont_write_bytecode = path_before, writes
-        for name in set(sys.modules) - before:  # another folder's may have the same names
-            if name.partition(".")[0] == folder.name:
-                del sys.modules[name]
+        _put_aside(folder.name)
+        sys.modules.update(others)
     if not isinstance(config, Config):
         raise UserError(f"{path}: get_config() returns {config!r:.80}", "it must return a Config")
     return config
+
+
+def _put_aside(folder: str) -> dict[str, Any]:
+    """Takes modules of folders (no packages) of this name out: another's files may be named so."""
+    if getattr(sys.modules.get(folder), "__file__", None):
+        return {}
+    return {n: sys.modules.pop(n) for n in [*sys.modules] if n.partition(".")[0] == folder}
 
 
 def _told(error: Exception, path: Path, folder: Path) -> tuple[str, str, str]:

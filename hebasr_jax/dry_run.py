@@ -196,8 +196,11 @@ def expected_time(runs_dir: Path, audio_s: float) -> str:
     if not path.exists():
         return f"unknown (no {path})"
     try:
-        speed = float(json.loads(path.read_text(encoding="utf-8"))["audio_s_per_s"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told.get("what", "train") != "train":
+            raise ValueError(f"it is of {told['what']}, not of train")
+        speed = float(told["audio_s_per_s"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read", f"{type(error).__name__}: {error}", "measure again"
         ) from None

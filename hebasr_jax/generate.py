@@ -204,7 +204,7 @@ def generate(
       inputs: `text_BX` holds prompts only.
       budget_B: tokens each row may take, capped at `max_new_tokens`; 0 leaves a row empty.
       end_ids: tokens that end a row.
-      max_new_tokens: G, the length of the output and of the cache's ring; at least 1.
+      max_new_tokens: G, the length of the output; at least 1.
       choice: None takes the best token.
     """
     rows, text = inputs.text_BX.shape

@@ -19,8 +19,9 @@ def next_token_loss(
 
     Args:
       in_loss_BX: tokens that the model is to write (`text.Example.in_loss`); never a row's first.
-      rows: text positions whose logits exist at a time; None: all. Memory, not the result,
-        depends on it: the backward pass computes each tile's logits again.
+      rows: text positions whose logits exist at a time; None: all. Memory depends on it, and in
+        bfloat16 the rounding of the table's gradient: each tile's logits are computed again in
+        the backward pass, and the tiles' gradients are added up in the compute dtype.
     """
     hidden_BXD = asr.hidden_before_text(inputs)
     with jax.named_scope("loss"):

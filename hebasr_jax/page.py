@@ -164,7 +164,8 @@ h4 { font-size: .9rem; margin: .8rem 0 .2rem; } a { color: inherit; }
 .wide, .charts { margin: .6rem 0 1.2rem; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th, td { text-align: start; padding-block: .25rem; padding-inline: 0 .7rem;
-  border-bottom: 1px solid var(--line); vertical-align: top; } th { color: var(--muted); font-weight: 600; }
+  border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--muted); font-weight: 600; }
 .tight td { white-space: nowrap; padding-inline-end: .55rem; }
 .tight .long { white-space: normal; min-width: 11rem; }
 summary { cursor: pointer; color: var(--muted); }

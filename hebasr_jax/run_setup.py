@@ -232,8 +232,8 @@ def compile_steps(
 ) -> dict[tuple[str, Bucket], Any]:
     """Every bucket's program in these stages, by stage and bucket.
 
-    Compiled in parallel threads, but on a GPU one after the other: there two at a time were seen to
-    go well, and six or more not to end within three minutes (docs/performance.md).
+    Compiled in parallel threads, but on a GPU one after the other: there two programs in two
+    threads went well, and six in eight did not end within three minutes (docs/performance.md).
 
     Args:
       told: called with each stage, bucket and program when it is ready.

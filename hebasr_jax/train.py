@@ -210,7 +210,7 @@ def compile_programs(setup: Setup, trainee: Trainee, say: Say) -> dict[Any, Any]
         )
 
     kernel = setup.compute.kernel
-    say(f"attention: {kernel} in encoder and decoder, xla in cached decoding")
+    say(f"attention: {kernel} in encoder and decoder")
     return compile_steps(setup, left, told)
 
 

@@ -69,7 +69,7 @@ class Recognizer:
         return (
             f"{millions:.1f}M parameters, {np.dtype(self.compute.dtype).name} on "
             f"{device.device_kind}, attention: {self.compute.kernel} in encoder windows and "
-            "prefill, xla in cached decoding"
+            "prefill, and, without beams, in cached decoding"
         )
 
 
@@ -227,9 +227,9 @@ def transcribe(
 
 
 def _budgets(waves: Sequence[np.ndarray], given: int | Sequence[int] | None) -> list[int]:
-    if isinstance(given, Sequence):
-        return list(given)
-    return [token_budget(len(wave)) if given is None else given for wave in waves]
+    if given is None:
+        return [token_budget(len(wave)) for wave in waves]
+    return [int(budget) for budget in np.broadcast_to(np.asarray(given), len(waves))]
 
 
 def _decode(

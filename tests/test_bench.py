@@ -61,9 +61,9 @@ def test_a_decoding_step_reads_its_weights_and_its_cache() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "train --rows 1 --steps 1 --work product fixed --peer",
+        "train --rows 1 --steps 1 --work fixed --peer",
         "train --steps 1 --mix-audio-s 30 --buckets 1 --work mix",
-        "generate --slots 64 --tokens 4 --work hour",
+        "generate --slots 2 --tokens 4 --minutes 1",
         "features --rows 1 --steps 2",
         "data --audio-s 10000 --threads 2",
     ],
@@ -77,7 +77,17 @@ def test_each_measurement_runs_and_prints_json(words, capsys) -> None:
     assert all(np.isfinite(x) for row in found["rows"] for x in row.values() if x != str(x))
 
 
-@pytest.mark.parametrize("words", ["train --rows 0", "generate --tokens 2", "data --audio-s 5"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --rows 0",
+        "train --work slots",
+        "train --join-share 3",
+        "generate --tokens 2",
+        "generate --devices 1",
+        "data --audio-s 5",
+    ],
+)
 def test_flags_that_make_no_work_are_refused(words, capsys) -> None:
     assert main(["bench", *words.split(), "--size", "tiny"]) == 1
     assert "error:" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -231,6 +232,10 @@ def test_a_file_builds_on_its_neighbour_and_leaves_no_trace(tmp_path, monkeypatc
         assert {file.name for file in path.parent.iterdir()} == {"base.py", "run.py"}
     assert sys.path == path_before
     assert not {name for name in set(sys.modules) - modules if name.startswith("configs")}
+    of_this_repository = importlib.import_module("configs.round1")
+    write(tmp_path, "Config(seed=3)", name="round1.py")
+    assert load_config(tmp_path / "configs" / "round1.py").config == Config(seed=3)
+    assert sys.modules["configs.round1"] is of_this_repository
     told = refusal(write(folder, "base()", before=before.replace("base import", "bse import")))
     assert ":3: ModuleNotFoundError: No module named 'configs.bse'" in told
 

@@ -256,7 +256,8 @@ def test_expected_time(tmp_path) -> None:
     assert dry_run.expected_time(tmp_path, 7200.0).startswith("unknown")
     (tmp_path / "bench.json").write_text('{"audio_s_per_s": 2.0}')
     assert dry_run.expected_time(tmp_path, 7200.0).startswith("1.0 hours at 2 audio-s/s")
-    for text in ("{", "[]", '{"audio_s_per_s": 0}', '{"audio_s_per_s": "fast"}', "{}"):
+    other = '{"what": "generate", "audio_s_per_s": 2.0}'
+    for text in ("{", "[]", '{"audio_s_per_s": 0}', '{"audio_s_per_s": "fast"}', "{}", other):
         (tmp_path / "bench.json").write_text(text)
         with pytest.raises(UserError, match=r"bench\.json"):
             dry_run.expected_time(tmp_path, 7200.0)

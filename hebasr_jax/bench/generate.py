@@ -1,7 +1,7 @@
 """Decoding in slots, its numbers of new tokens forced: random weights never stop by themselves."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,8 @@ from hebasr_jax.text import Prompt, PromptStyle, load_tokenizer
 from hebasr_jax.throughput import peak_bytes
 from hebasr_jax.transcribe import Recognition, Recognizer, transcribe
 
-_REFILLED = 512  # clips where slots are refilled, but at least two for each slot
-_LAW = 0.25  # sigma of a clip's new tokens around the 5 a second and 4 of the mix
-_FEWER = 21  # tokens: a decoding step is the difference of two runs, by the same programs
+_FILLINGS = 4  # clips for each slot where slots are refilled
+_LAW = 0.25  # sigma of a clip's new tokens
 _REPEATS = 2
 _GIB = 2**30
 
@@ -57,41 +56,37 @@ def random_params(model: ModelConfig, compute: Compute) -> Params:
     return jax.jit(make, out_shardings=replicated(local_mesh()))()
 
 
-def in_slots(settings: Settings, params: Params) -> list[Row]:
+def in_slots(settings: Settings, params: Params) -> Iterator[Row]:
     """For each number of slots: filled once, refilled, refilled with lengths that follow a law."""
     reads = read_bytes_per_s() if jax.default_backend() == "gpu" else None
-    rows: list[Row] = []
     for slots in settings.slots:
         clips = slots * local_mesh().size
-        fewer = settings.tokens - min(_FEWER, settings.tokens - 1)
         whole_s, row = _decoded(
             settings, params, slots, [settings.tokens] * clips, f"{settings.tokens} each"
         )
-        less_s, _ = _decoded(settings, params, slots, [fewer] * clips, "fewer")
-        step_s = (whole_s - less_s) / (settings.tokens - fewer)
-        first_s = whole_s - (settings.tokens - 1) * step_s
+        first_s, _ = _decoded(settings, params, slots, [2] * clips, "2 each")
+        step_s = (whole_s - first_s) / (settings.tokens - 2)
         row |= {"prefill audio-s/s": clips * settings.clip_s / first_s, "step ms": 1e3 * step_s}
         if reads:
             row["floor"] = step_s / (step_bytes(settings, slots) / reads)
-        rows.append(row)
-        law = forced_law(settings, max(_REFILLED, 2 * clips))
+        yield row
+        law = forced_law(settings, _FILLINGS * clips)
         for budgets, told in (
             ([settings.tokens] * len(law), "the same, refilled"),
             (law, f"by a law, mean {np.mean(law):.0f}, refilled"),
         ):
-            rows.append(_decoded(settings, params, slots, budgets, told)[1])
-    return rows
+            yield _decoded(settings, params, slots, budgets, told)[1]
 
 
-def an_hour(settings: Settings, params: Params, folder: Path) -> Row:
-    """A file of an hour as `hebasr transcribe` reads, cuts and decodes it; the second time.
+def a_file(settings: Settings, params: Params, folder: Path, minutes: float) -> Row:
+    """A long file as `hebasr transcribe` reads, cuts and decodes it; the second time.
 
     Each piece has the number of tokens that a law gives it; that random weights write no end token
     before is checked.
     """
-    path = folder / "hour.wav"
+    path = folder / "long.wav"
     rng = np.random.default_rng(0)
-    soundfile.write(path, work.noise(rng, 3600 * SAMPLE_RATE), SAMPLE_RATE)
+    soundfile.write(path, work.noise(rng, int(60 * minutes) * SAMPLE_RATE), SAMPLE_RATE)
     work.write_model_files(settings.model, folder)
     tokenizer = load_tokenizer(folder)
     source = ModelFolder(folder, str(folder), None)
@@ -101,7 +96,8 @@ def an_hour(settings: Settings, params: Params, folder: Path) -> Row:
 
     def decode(waves: Sequence[np.ndarray], before: Sequence[str]) -> list[Recognition]:
         rng = np.random.default_rng(len(waves))
-        tokens = [_law(rng, len(wave) / SAMPLE_RATE) for wave in waves]
+        expected = (work.target_tokens(len(wave) / SAMPLE_RATE) for wave in waves)
+        tokens = [_law(rng, count) for count in expected]
         asked.append(sum(tokens))
         return transcribe(recognizer, waves, style=PromptStyle(), max_new_tokens=tokens, retries=0)
 
@@ -115,18 +111,18 @@ def an_hour(settings: Settings, params: Params, folder: Path) -> Row:
     if len(told.tokens) != sum(asked):
         raise AssertionError(f"{len(told.tokens)} tokens, {sum(asked)} were asked for")
     return {
-        "clips": f"an hour of audio in {told.pieces} pieces",
+        "clips": f"{minutes:g} minutes of audio in {told.pieces} pieces",
         "new tokens": f"by a law, {len(told.tokens)} in all",
-        "RTFx": 3600 / taken_s,
-        "audio-s/s": 3600 / taken_s,
+        "RTFx": told.duration_s / taken_s,
+        "audio-s/s": told.duration_s / taken_s,
         "seconds": taken_s,
     }
 
 
 def forced_law(settings: Settings, clips: int) -> list[int]:
-    """Numbers of new tokens around what the mix has at that length, lognormal, seeded."""
+    """Numbers of new tokens of mean `settings.tokens`, lognormal, at most twice that; seeded."""
     rng = np.random.default_rng(0)
-    return [_law(rng, float(settings.clip_s)) for _ in range(clips)]
+    return [_law(rng, settings.tokens) for _ in range(clips)]
 
 
 def step_bytes(settings: Settings, slots: int) -> float:
@@ -140,9 +136,9 @@ def step_bytes(settings: Settings, slots: int) -> float:
     return size * (weights + positions * 2 * decoder.layers * decoder.kv_heads * decoder.head_dim)
 
 
-def _law(rng: np.random.Generator, seconds: float) -> int:
-    expected = work.target_tokens(seconds)
-    return int(np.clip(round(expected * rng.lognormal(0.0, _LAW)), 1, 2 * expected))
+def _law(rng: np.random.Generator, mean: int) -> int:
+    drawn = mean * rng.lognormal(-(_LAW**2) / 2, _LAW)
+    return int(np.clip(round(drawn), 1, 2 * mean))
 
 
 def _decoded(
@@ -177,5 +173,5 @@ def _decoded(
         "clips": len(budgets),
         "new tokens": told,
         "audio-s/s": len(budgets) * settings.clip_s / taken_s,
-        "peak GiB": (peak_bytes() or 0) / _GIB,
+        "peak so far GiB": (peak_bytes() or 0) / _GIB,
     }

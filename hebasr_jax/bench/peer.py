@@ -85,7 +85,7 @@ def trained(model: ModelConfig, rows: int, steps: int, *, tuned: bool) -> dict[s
 
 def generated(model: ModelConfig, rows: int, tokens: int) -> dict[str, Any]:
     """Greedy decoding of so many clips at once, each to `tokens` new tokens."""
-    net = random_model(model).eval()
+    net = random_model(model).train(False)
     batch = inputs(model, rows, 0)
 
     def decode() -> None:

@@ -91,7 +91,7 @@ def fixed(settings: Settings) -> Row:
         **spread(taken_s),
         **_padding(done),
         "compiler GiB": compiled_bytes(program.memory_analysis()) / _GIB,
-        "peak GiB": (peak_bytes() or 0) / _GIB,
+        "peak so far GiB": (peak_bytes() or 0) / _GIB,
         "compiled s": compiled_s,
         "loss from": losses[0],
         "loss to": losses[-1],
@@ -132,7 +132,13 @@ def mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> Row:
     setup = _open_mix(settings, folder, say)
     part = setup.parts[0]
     start = time.perf_counter()
-    programs = compile_steps(setup, setup.parts, lambda part, bucket, program: None)
+    programs = compile_steps(
+        setup,
+        setup.parts,
+        lambda part, bucket, program: say(
+            f"compiled {bucket.rows} x {bucket.audio_s} s after {time.perf_counter() - start:.0f} s"
+        ),
+    )
     compiled_s = time.perf_counter() - start
     stage = part.stage
     state = random_state(setup.model, stage, part.optimizer, setup.mesh)
@@ -151,7 +157,7 @@ def mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> Row:
         )
         trainee = Trainee(state, 0, 0, 0, 0, Window(1, setup.mesh.size))
         drop_from_cache(folder / "shards")
-        with stream(part.feed, epochs=2) as batches:
+        with stream(part.feed, epochs=1 << 20) as batches:
             for _ in range(settings.steps):
                 one_step(run, trainee, next(batches))
             warm = programs_compiled()
@@ -172,7 +178,7 @@ def mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> Row:
         "encoder padding %": 100 * told["padding_audio"],
         "decoder padding %": 100 * told["padding_text"],
         "data wait %": 100 * told["data_wait_share"],
-        "peak GiB": (peak_bytes() or 0) / _GIB,
+        "peak so far GiB": (peak_bytes() or 0) / _GIB,
         "buckets": len(part.feed.buckets),
         "compiled s": compiled_s,
     }
