@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 from reference import noise, tiny_folder
+from step_work import collectives
 from test_train_step import ALL, make_batch, make_step
 
 from hebasr_jax.distributed import place_rows, place_whole
@@ -82,6 +83,7 @@ def main() -> None:
         }
         found[name] = {key: many[key] for key in ("losses", "norms", "bytes", "cut")}
         found[name]["worst"] = max(errors.values())
+        found[name]["collectives"] = collectives(many["text"])
     found["heard"] = [heard(devices) for devices in (1, 8)]
     print(json.dumps(found))
 

@@ -58,7 +58,7 @@ def programs(folder: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_the_products_of_a_step_stay_within_their_budget(remat) -> None:
-    assert products_of(remat) == pytest.approx(BUDGET["products TFLOP"][remat], rel=0.005)
+    assert products_of(remat) == pytest.approx(BUDGET["products TFLOP"][remat], rel=0.01)
 
 
 def test_the_step_computes_little_beyond_what_is_useful() -> None:

@@ -41,6 +41,15 @@ def test_eight_devices_equal_one(found, name) -> None:
     assert many["worst"] < 1e-3
 
 
+@pytest.mark.parametrize("name", ["step", "layer"])
+def test_no_more_is_exchanged_than_the_budget_has(found, name) -> None:
+    """Most of each kind in the compiled program, with some room for other versions of XLA."""
+    budget = json.loads((HERE / "step_budget.json").read_text())["collectives"][name]
+    counted = found[name]["collectives"]
+    assert counted["all-gather"] > 0
+    assert {kind for kind, count in counted.items() if count > budget[kind]} == set()
+
+
 def test_eight_devices_hear_what_one_hears(found) -> None:
     one, eight = found["heard"]
     assert [len(tokens) for tokens in one] == [1 + n % 13 for n in range(40)]
