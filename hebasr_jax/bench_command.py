@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,16 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "train": ("product", "fixed", "mix"),
     "generate": ("slots", "file"),
 }
+_ALWAYS = {"what", "size", "json"}
+_READ: dict[str, set[str]] = {  # flags that each measurement reads besides
+    "train": {
+        "work", "rows", "mix_audio_s", "buckets", "steps", "remat", "unroll", "attention", "gather",
+        "devices", "join_share", "peer", "dtype",
+    },
+    "generate": {"work", "slots", "tokens", "minutes", "attention", "peer", "dtype"},
+    "features": {"rows", "steps"},
+    "data": {"threads", "audio_s"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class Bench:
 
         self._check()
         rows = self._peers() if self.peer else []  # before JAX takes the device's memory
-        told = facts() | {"size": self.size}
+        told = {"command": self._command()} | facts() | {"size": self.size}
         try:
             with tempfile.TemporaryDirectory(prefix="hebasr-bench-") as folder:
                 for row in self._measured(Path(folder)):
@@ -111,8 +121,24 @@ class Bench:
                 f"--work {sorted(foreign)[0]} is no part of {self.what}",
                 f"its parts are {', '.join(_PARTS.get(self.what, ())) or 'not told apart'}",
             )
-        if self.devices is not None and self.what != "train":
-            raise UserError("--devices is for train", f"{self.what} takes what is there")
+        for name in self._given().keys() - _READ[self.what] - _ALWAYS:
+            raise UserError(f"--{name.replace('_', '-')} is not for {self.what}", do="leave it out")
+
+    def _given(self) -> dict[str, Any]:
+        """Flags that are not at their defaults."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+    def _command(self) -> str:
+        words = ["hebasr", "bench", self.what]
+        for name, value in self._given().items():
+            if name != "what":
+                words.append(f"--{name.replace('_', '-')}")
+                words += (
+                    [] if value is True else map(str, value if type(value) is tuple else [value])
+                )
+        return " ".join(words)
 
     def _parts(self) -> tuple[str, ...]:
         return self.work or _PARTS[self.what]

@@ -61,18 +61,19 @@ def test_a_decoding_step_reads_its_weights_and_its_cache() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "train --rows 1 --steps 1 --work fixed --peer",
-        "train --steps 1 --mix-audio-s 30 --buckets 1 --work mix",
-        "generate --slots 2 --tokens 4 --minutes 1",
+        "train --rows 1 --steps 1 --work fixed --peer --dtype float32",
+        "train --steps 1 --mix-audio-s 30 --buckets 1 --work mix --dtype float32",
+        "generate --slots 2 --tokens 4 --minutes 1 --dtype float32",
         "features --rows 1 --steps 2",
         "data --audio-s 10000 --threads 2",
     ],
 )
 def test_each_measurement_runs_and_prints_json(words, capsys) -> None:
-    assert main(["bench", *words.split(), "--size", "tiny", "--dtype", "float32", "--json"]) == 0
+    assert main(["bench", *words.split(), "--size", "tiny", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["audio_s_per_s"] > 0
     assert found["facts"]["date"]
+    assert found["facts"]["command"].startswith(f"hebasr bench {words.split()[0]} --size tiny")
     assert found["facts"]["jax"]
     assert all(np.isfinite(x) for row in found["rows"] for x in row.values() if x != str(x))
 
@@ -85,6 +86,7 @@ def test_each_measurement_runs_and_prints_json(words, capsys) -> None:
         "train --join-share 3",
         "generate --tokens 2",
         "generate --devices 1",
+        "data --unroll",
         "data --audio-s 5",
     ],
 )

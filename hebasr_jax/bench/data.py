@@ -1,11 +1,12 @@
 """The data path alone: shards on disk to batches in memory, with no device behind it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.bench import work
 from hebasr_jax.bench.figures import Row
 from hebasr_jax.bench.shards import drop_from_cache, mix_config, write_mix
@@ -23,12 +24,11 @@ _WARM_UP = 4  # batches: threads and caches of the tokenizer are there then
 
 def fed(
     model: ModelConfig, folder: Path, audio_s: float, threads: int, say: Callable[[str], None]
-) -> list[Row]:
+) -> Iterator[Row]:
     """Batches of the mix from shards of either kind, read from the disk, then from memory."""
     if audio_s < 2 * _WARM_UP * _STEP_S:
         raise UserError(f"--audio-s {audio_s:g} is too little to measure", do="give 10000 or more")
     work.write_model_files(model, folder)
-    rows = []
     kinds: tuple[Literal["pcm", "flac"], ...] = ("pcm", "flac")
     for kind in kinds:
         start = time.perf_counter()
@@ -36,8 +36,7 @@ def fed(
         say(f"{written_s:,.0f} s of {kind} written in {time.perf_counter() - start:.1f} s")
         drop_from_cache(folder / kind)
         for cache in ("cold", "warm"):
-            rows.append(_read(folder, kind, cache, threads))
-    return rows
+            yield _read(folder, kind, cache, threads)
 
 
 def _read(folder: Path, kind: str, cache: str, threads: int) -> Row:
@@ -59,5 +58,5 @@ def _read(folder: Path, kind: str, cache: str, threads: int) -> Row:
         "cache": cache,
         "threads": threads,
         "batches": count,
-        "audio-s/s": samples / 16_000 / taken_s,
+        "audio-s/s": samples / SAMPLE_RATE / taken_s,
     }

@@ -3,7 +3,6 @@
 import datetime
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -36,10 +35,9 @@ def programs_compiled() -> int:
 
 
 def facts() -> Row:
-    """Command, date, commit, device and versions: what a number must carry."""
+    """Date, commit, device and versions: what a number must carry besides its command."""
     device = jax.devices()[0]
     return {
-        "command": " ".join(["hebasr", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "device": device.device_kind,
