@@ -12,6 +12,7 @@ assistant's turn is given and which is the model's to write, and both sides read
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 MAX_CONTEXT_TOKENS = 224
+_KEPT_TEXTS = 256  # some for each of the threads that read clips
 
 # The Qwen2 rule. A local checkpoint may ask for another (`fix_mistral_regex`), whose ids differ
 # on contractions, CamelCase and niqqud.
@@ -102,13 +104,19 @@ class TextTokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """The ids of text as text: a literal `<|im_end|>` in it becomes letters, not control."""
         try:
-            return tuple(self.plain.encode(text, add_special_tokens=False).ids)
+            return _encode(self.plain, text)
         except (UnicodeEncodeError, TypeError) as error:
             raise UserError("A text is not valid Unicode.", ascii(text)[:80]) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without tokens marked special and without ids that name none."""
         return self.full.decode(list(ids), skip_special_tokens=True)
+
+
+@lru_cache(_KEPT_TEXTS)
+def _encode(backend: "Backend", text: str) -> tuple[int, ...]:
+    # The template's words are asked for with every clip, and a clip's text twice.
+    return tuple(backend.encode(text, add_special_tokens=False).ids)
 
 
 @dataclass(frozen=True)
