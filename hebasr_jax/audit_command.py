@@ -1,0 +1,136 @@
+"""The command `audit`: its flags, and what it tells. Light to import: see `data/audit.py`."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hebasr_jax.data.prepare_command import _progress as progress
+from hebasr_jax.errors import UserError
+from hebasr_jax.run_config import Columns, Source
+
+_STOP = 3
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Decodes every clip of a set, lists what to leave out, and says whether to go on.
+
+    Writes removed.jsonl (for `without` of a set), audit.json and card.html. Exit code 3: more
+    than 15 % of the sampled texts do not fit their sound.
+    """
+
+    out: Path
+    """folder to write to; with --config OUT/train/NAME and OUT/dev/NAME"""
+    config: Path | None = None
+    """config file whose training and dev sets are audited"""
+    source: str | None = None
+    """instead of a config: a manifest, a parquet file, a folder or glob of them, or shards"""
+    name: str | None = None
+    """name of the set that --source gives"""
+    split: str | None = None
+    """only rows of --source whose split says so"""
+    columns: Columns = field(default_factory=Columns)
+    """names of the columns or fields of --source"""
+    schema: str = ""
+    """hub set that --source is a copy of, such as crowd-transcribe-v5; "": none"""
+    accept_licence: bool = False
+    """read --schema although its licence is non-commercial or not stated"""
+    second: Path | None = None
+    """another transcript: JSONL with `id` and `text` in each line"""
+    min_quality: float | None = None
+    """remove clips with a lower quality score"""
+    sample: int = 400
+    """clips whose text is compared with the sound for the verdict"""
+    seed: int = 0
+    """of that sample"""
+    threads: int = 4
+    """clips decoded at a time"""
+
+    def run(self) -> int:
+        from hebasr_jax.data.adapters import filled
+        from hebasr_jax.data.audit import Limits, audit_set
+        from hebasr_jax.data.audit_card import told, write_audit
+        from hebasr_jax.data.sources import describe, open_source
+
+        if self.sample < 1 or self.threads < 1 or self.seed < 0:
+            raise UserError("--sample and --threads must be positive, --seed not negative")
+        second = read_second(self.second) if self.second else None
+        stop = False
+        for folder, source in self._sources().items():
+            clip_set = open_source(source)
+            _say(describe(clip_set))
+            total_s = sum(clip.duration_s for clip in clip_set.clips)
+            with progress(clip_set.name, total_s) as advance:
+                audit = audit_set(
+                    clip_set,
+                    Limits(min_quality=self.min_quality),
+                    second=second,
+                    sample=self.sample,
+                    seed=self.seed,
+                    threads=self.threads,
+                    advance=advance,
+                )
+            write_audit(audit, filled(source), folder)
+            for line in told(audit):
+                _say(line)
+            stop |= audit.verdict.decision == "stop"
+        return _STOP if stop else 0
+
+    def _sources(self) -> dict[Path, Source]:
+        """Each set and the folder for its files."""
+        if (self.config is None) == (self.source is None):
+            raise UserError("give --config, or --source and --name", "one of them is needed")
+        if self.source is not None:
+            if not self.name:
+                raise UserError("--source needs --name", do="--name crowd")
+            source = Source(
+                self.name,
+                self.source,
+                split=self.split,
+                columns=self.columns,
+                schema=self.schema,
+                accept_licence=self.accept_licence,
+            )
+            return {self.out: source}
+        from hebasr_jax.config_file import load_config
+
+        assert self.config is not None
+        data = load_config(self.config).config.data
+        sets = {"train": data.train, "dev": data.dev}
+        folders = {self.out / use / source.name: source for use in sets for source in sets[use]}
+        for source in folders.values():
+            if not re.fullmatch(r"[^\W.][^/\\\0]*", source.name):
+                raise UserError(f"set {source.name!r} cannot name a folder")
+        if not folders:
+            raise UserError(f"{self.config}: has no set in data.train or data.dev")
+        return folders
+
+
+def read_second(path: Path) -> dict[str, str]:
+    """A transcript by clip id, of JSONL lines {"id", "text"}. Raises UserError."""
+    do = 'Each line is a JSON object such as {"id": "7", "text": "..."}.'
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read", error.strerror or "", do) from error
+    texts: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            clip_id, text = row["id"], row["text"]
+            if not isinstance(clip_id, str | int) or not isinstance(text, str):
+                raise ValueError("id or text is no string")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: is no transcript", repr(error)[:100], do) from error
+        texts[str(clip_id)] = text
+    if not texts:
+        raise UserError(f"{path}: has no transcript", "", do)
+    return texts
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
