@@ -20,7 +20,8 @@ def get_config() -> Config:
     return replace(
         config,
         name="round2_5",
-        # Shares of the clips that have them, drawn anew in each epoch (ivrit: once for all).
+        # Shares of all rows of the mix, drawn anew in each epoch (ivrit: once for all).
+        # Knesset and recital have what is drawn; crowd-transcribe has neither.
         # One context in ten is another recording's, lest the model copy it; not in the source.
         text=Text(stamp_share=0.4, context_share=0.5, wrong_context_share=0.1),
         data=replace(

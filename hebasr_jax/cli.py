@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 
 from hebasr_jax import __version__
+from hebasr_jax.audit_command import Audit
 from hebasr_jax.average_command import Average
 from hebasr_jax.bench_command import Bench
 from hebasr_jax.config import Layout
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
 from hebasr_jax.evaluate_command import Evaluate
+from hebasr_jax.split_command import Split
 from hebasr_jax.transcribe_command import Transcribe
 
 if TYPE_CHECKING:
@@ -155,7 +157,9 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "transcribe": Transcribe,
     "evaluate": Evaluate,
     "convert": Convert,
+    "split": Split,
     "prepare": Prepare,
+    "audit": Audit,
     "train": Train,
     "average": Average,
     "bench": Bench,

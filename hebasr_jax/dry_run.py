@@ -118,6 +118,9 @@ def _show_stage(setup: Setup, part: Part) -> float:
     plan = plan_table(part.feed.table, part.feed.plan(0), setup.config.data)
     show(f"Plan of the first epoch, by bucket; the last row sums up{of}", plan["buckets"])
     show(f"Plan of the first epoch, by set{of}", plan["sets"])
+    show(f"Shares of all rows of the mix{of}", part.feed.targets.table())
+    for line in part.feed.targets.warnings():
+        print(f"warning{of}: {line}")
     whole = plan["buckets"][-1]
     return whole["hours"] * (part.last - part.first) / whole["steps"]
 

@@ -66,9 +66,9 @@ def _benchmark(given: str) -> EvalSet:
 
     def open_it() -> OpenSet:
         found = find_dataset(path or row.hub, row.config, row.split, revision=revision or None)
-        nothing = dict.fromkeys(
-            ("id", "duration_s", "speaker", "recording", "language", "context", "segments"), ""
-        )  # of like names in these sets one never knows what they mean: FLEURS repeats its ids
+        # Of like names in these sets one never knows what they mean: FLEURS repeats its ids.
+        named = "id duration_s speaker recording language context segments quality"
+        nothing = dict.fromkeys(named.split(), "")
         columns = Columns(text=row.text, **nothing)
         source = Source(name, path or row.hub, columns=columns)
         try:

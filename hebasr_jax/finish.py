@@ -22,6 +22,7 @@ import jax
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import Choice, compare, describe, finite
 from hebasr_jax.card import write_card
+from hebasr_jax.data.adapters import filled
 from hebasr_jax.data.clips import ClipSet
 from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import any_host, is_first, on_first, place_whole
@@ -170,7 +171,7 @@ def final_facts(setup: Setup, choice: Choice, test: Mapping[str, Any], key: str)
 
 def _data(setup: Setup) -> dict[str, Any]:
     """The sets that any stage trains on, with the clips that it can use."""
-    sources = {source.name: source for source in setup.config.data.train}
+    sources = {source.name: filled(source) for source in setup.config.data.train}
     rows: dict[str, Any] = {}
     for part in setup.parts:
         table = part.feed.table

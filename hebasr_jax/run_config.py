@@ -29,9 +29,10 @@ class Text:
     language_in_prompt: bool = True
     """the language stands in the prompt; else the model writes it and it counts in the loss"""
     stamp_share: float = 0.0
-    """share of the clips with segments that are trained with time stamps, drawn each epoch"""
+    """share of all rows of the mix that are trained with time stamps, drawn each epoch: a row that
+    can have them (`data/targets.py`) does so with this, divided by the share of such rows"""
     context_share: float = 0.0
-    """share of the clips with a context that are trained with it, drawn each epoch"""
+    """share of all rows of the mix that are trained with a context, drawn likewise"""
     wrong_context_share: float = 0.0
     """share of those contexts that another recording's stands in for (none, where no other is
     found), so that the model does not write what it did not hear"""
@@ -51,6 +52,7 @@ class Columns:
     language: str = "language"
     context: str = "context"
     segments: str = "segments"
+    quality: str = "quality"
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,20 @@ class Source:
     hub: str | None = None
     """hub data set that `path` is a copy of: told in errors and in the model card"""
     licence: str | None = None
-    """for the model card; None: it says that the licence is not known"""
+    """for the model card; None: that of the schema, if it states one"""
     columns: Columns = field(default_factory=Columns)
+    schema: str = ""
+    """known hub set that parquet files in `path` are a copy of (`data/adapters.py`); "": none"""
+    normalizer: Literal["", "hebrew-v1"] = ""
+    """what is done to texts, contexts and segments before training; "": nothing"""
+    without: tuple[str, ...] = ()
+    """JSONL files with `id` and `reason` in each line: clips left out, counted by reason"""
+    only: str | None = None
+    """JSONL file with an `id` in each line: all other clips are left out"""
+    min_quality: float | None = None
+    """clips with a lower quality score, or none, are left out; scores run from 0 to 1"""
+    accept_licence: bool = False
+    """use the schema's set although its licence is non-commercial or not stated"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,12 @@ class Data:
     """silence between joined clips"""
     max_repeats: float = 4.0
     """no set is drawn more often than this in an epoch, whatever its share asks for"""
+    temperature: float | None = None
+    """sets without a share are drawn in proportion to size ** (1 / temperature); None: to size.
+    Above 1 small sets gain: Arivazhagan et al. 2019, arXiv 1907.05019"""
+    exhaust: bool = False
+    """an epoch lasts until no set has an undrawn clip (`all_exhausted` of Hugging Face datasets),
+    as far as max_repeats allows; else it draws as many clips as the sets have together"""
     max_bad_share: float = 0.01
     """share of clips that may be bad before the run stops"""
     threads: int = 8

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 MAX_CONTEXT_TOKENS = 224
-_KEPT_TEXTS = 256  # some for each of the threads that read clips
 
 # The Qwen2 rule. A local checkpoint may ask for another (`fix_mistral_regex`), whose ids differ
 # on contractions, CamelCase and niqqud.
@@ -45,15 +44,8 @@ _QWEN2_RULE = (
 # A language prefix that a model wrote although the prompt had one already.
 _STRAY_PREFIX = re.compile(r"(^|\s)language(\s+[A-Za-z]+)?$", re.IGNORECASE)
 
-_CONTROL = {
-    "im_start": "<|im_start|>",
-    "im_end": "<|im_end|>",
-    "endoftext": "<|endoftext|>",
-    "audio_start": "<|audio_start|>",
-    "audio_end": "<|audio_end|>",
-    "audio_pad": "<|audio_pad|>",
-    "asr_text": "<asr_text>",
-}
+_NAMES = ("im_start", "im_end", "endoftext", "audio_start", "audio_end", "audio_pad")
+_CONTROL = {name: f"<|{name}|>" for name in _NAMES} | {"asr_text": "<asr_text>"}
 
 
 @dataclass(frozen=True)
@@ -113,9 +105,8 @@ class TextTokenizer:
         return self.full.decode(list(ids), skip_special_tokens=True)
 
 
-@lru_cache(_KEPT_TEXTS)
+@lru_cache(256)  # the template's words are asked for with every clip, and a clip's text twice
 def _encode(backend: "Backend", text: str) -> tuple[int, ...]:
-    # The template's words are asked for with every clip, and a clip's text twice.
     return tuple(backend.encode(text, add_special_tokens=False).ids)
 
 

@@ -50,6 +50,8 @@ def make_table(sets, seed: int = 0, language=None) -> Table:
         added_tokens_C=text_C,
         recording_C=rng.integers(-1, 4, len(keys)),
         language_C=rng.integers(0, 2, len(keys)) if language is None else np.full(len(keys), 0),
+        timed_C=np.zeros(len(keys), np.int8),
+        context_C=np.zeros(len(keys), np.int8),
     )
 
 
@@ -174,11 +176,36 @@ def shares(*sets: tuple[int, float | None]) -> list[SetInfo]:
 
 
 def test_shares_and_their_cap() -> None:
-    assert draws_per_set(shares((90, None), (10, None)), 4.0) == [90, 10]
-    assert draws_per_set(shares((900, 0.5), (100, 0.5)), 4.0) == [500, 400]  # capped
-    assert draws_per_set(shares((900, 0.2), (100, 0.2)), 9.0) == [500, 500]  # relative to the sum
-    assert draws_per_set(shares((800, None), (100, 0.4), (100, None)), 9.0) == [533, 400, 67]
-    assert draws_per_set(shares((10**6, 0.9), (3, 1e-9)), 4.0) == [10**6 + 3, 1]
+    four, nine = Data(max_repeats=4.0), Data(max_repeats=9.0)
+    assert draws_per_set(shares((90, None), (10, None)), four) == [90, 10]
+    assert draws_per_set(shares((900, 0.5), (100, 0.5)), four) == [500, 400]  # capped
+    assert draws_per_set(shares((900, 0.2), (100, 0.2)), nine) == [500, 500]  # relative to the sum
+    assert draws_per_set(shares((800, None), (100, 0.4), (100, None)), nine) == [533, 400, 67]
+    assert draws_per_set(shares((10**6, 0.9), (3, 1e-9)), four) == [10**6 + 3, 1]
+
+
+def test_temperature_flattens_what_has_no_share() -> None:
+    sets = shares((8000, None), (1000, None), (1000, 0.1))
+    told = {
+        t: draws_per_set(sets, Data(temperature=t, max_repeats=9.0)) for t in (None, 1.0, 3.0, 1e9)
+    }
+    assert told[None] == told[1.0] == [8000, 1000, 1000]
+    assert told[3.0] == [6000, 3000, 1000]  # 2 : 1, as the cube roots of 8 : 1
+    assert told[1e9] == [4500, 4500, 1000]
+    capped = draws_per_set(sets, Data(temperature=3.0, max_repeats=2.0))
+    assert capped == [6000, 2000, 1000]
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="temperature"):
+            draws_per_set(sets, Data(temperature=bad))
+
+
+def test_an_epoch_until_all_sets_are_exhausted() -> None:
+    """ivrit.ai's second phase: 288 thousand draws, in which the slowest set is drawn once."""
+    sets = shares((203_800, 0.9), (6_900, 0.025), (21_600, 0.075))
+    assert draws_per_set(sets, Data(exhaust=True)) == [259_200, 7_200, 21_600]
+    assert draws_per_set(sets, Data(exhaust=True, max_repeats=1.25))[0] == 254_750
+    unshared = shares((900, None), (100, None))
+    assert draws_per_set(unshared, Data(exhaust=True)) == [900, 100]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +219,7 @@ def test_shares_and_their_cap() -> None:
 )
 def test_shares_that_cannot_be_met(sets) -> None:
     with pytest.raises(UserError, match=r"shares|drawn"):
-        draws_per_set(sets, 4.0)
+        draws_per_set(sets, Data())
 
 
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 9))
@@ -278,6 +305,18 @@ def test_padding_on_the_ivrit_mix(buckets, join_share, most) -> None:
     assert total["hours"] == pytest.approx(table.samples_C.sum() / SAMPLE_RATE / 3600)
 
 
+def test_hours_and_epochs_of_each_set() -> None:
+    table = make_table({"a": (np.full(30, 6.0), 0.25), "b": (np.full(30, 2.0), 0.75)}, language=0)
+    data = Data(batch_clips=4)
+    told = plan_table(table, plan_of(table, data), data)
+    assert [row["draws"] for row in told["sets"]] == [15, 45]
+    assert [row["share"] for row in told["sets"]] == [0.25, 0.75]
+    assert [row["effective_epochs"] for row in told["sets"]] == [0.5, 1.5]
+    hours = [row["hours"] for row in told["sets"]]
+    assert hours == [pytest.approx(15 * 6 / 3600), pytest.approx(45 * 2 / 3600)]
+    assert sum(hours) == pytest.approx(told["buckets"][-1]["hours"])
+
+
 def test_the_padding_of_a_plan_done_by_hand() -> None:
     table = make_table({"a": ([1.0, 2.0, 2.5, 4.0], None)}, language=0)
     data = Data(batch_clips=3, buckets=1)
@@ -287,7 +326,8 @@ def test_the_padding_of_a_plan_done_by_hand() -> None:
     positions = (13 + 26 + 26 + 7 + 52 + text) / (6 * (52 + 44))
     assert told["buckets"][-1]["encoder_padding"] == pytest.approx(1 - frames)
     assert told["buckets"][-1]["decoder_padding"] == pytest.approx(1 - positions)
-    assert told["sets"] == [{"name": "a", "clips": 4, "draws": 4, "effective_epochs": 1.0}]
+    counts = {"clips": 4, "draws": 4, "share": 1.0, "effective_epochs": 1.0}
+    assert told["sets"] == [{"name": "a"} | counts | {"hours": pytest.approx(9.5 / 3600)}]
 
 
 def test_the_fingerprint_changes_with_whatever_changes_the_plan() -> None:
@@ -299,6 +339,8 @@ def test_the_fingerprint_changes_with_whatever_changes_the_plan() -> None:
         (table, buckets, data, Augment(), 0),
         (table, buckets, dataclasses.replace(data, join_share=0.1), SPEEDS, 0),
         (table, buckets, dataclasses.replace(data, max_repeats=2.0), SPEEDS, 0),
+        (table, buckets, dataclasses.replace(data, temperature=2.0), SPEEDS, 0),
+        (table, buckets, dataclasses.replace(data, exhaust=True), SPEEDS, 0),
         (table, (dataclasses.replace(buckets[0], rows=1), *buckets[1:]), data, SPEEDS, 0),
     ]
     for name in [field.name for field in dataclasses.fields(Table)][1:]:

@@ -72,6 +72,7 @@ def test_all_fields_of_a_row(wavs) -> None:
     assert (clip.id, clip.text, clip.duration_s, clip.speaker) == ("7", "טקסט 1", 0.6, "ש")
     assert (clip.recording, clip.language, clip.context) == ("r", "English", "לפני כן")
     assert clip.segments == (Segment(0.0, 0.2, "טקסט"),)
+    assert clip.quality == 0.9
 
 
 def test_ids_durations_and_samples_without_being_told(wavs) -> None:
@@ -106,16 +107,14 @@ BAD_ROWS = [
     ({"audio": ".", "text": "x"}, "no such file"),
     ({"audio": "../0.wav", "text": "x"}, "audio lies outside the folder of the manifest"),
     ({"audio": "empty.wav", "text": "x"}, "is empty (zero bytes)"),
-    (
-        {"audio": "text.wav", "text": "x"},
-        "cannot be read as sound",
-    ),
+    ({"audio": "text.wav", "text": "x"}, "cannot be read as sound"),
     (row(2), "has the id of another row"),
     (row(3, segments=[{"start_s": 0.2, "end_s": 0.1, "text": "x"}]), "segments overlap, are out"),
     (row(3, segments=[{"start_s": -1, "end_s": 0.1, "text": "x"}]), "segments overlap, are out"),
     (row(3, segments=[{"start_s": 0, "end_s": 9, "text": "x"}]), "segments end after the clip"),
     (row(3, segments=[{"start_s": 0, "text": "x"}]), "a segment lacks start_s"),
     (row(3, segments="x"), "segments are not a list"),
+    (row(3, quality="high"), "'quality' is not a number"),
 ]
 
 

@@ -19,11 +19,20 @@ class BadClip(Exception):
         self.reason, self.detail = reason, detail
 
 
+class Removed(Exception):
+    """A row is left out on purpose: it is not bad. `reason` is counted, as that of a bad clip."""
+
+    def __init__(self, clip_id: str, reason: str) -> None:
+        super().__init__(f"{clip_id}: {reason}")
+        self.clip_id, self.reason = clip_id, reason
+
+
 @dataclass(frozen=True)
 class Clip:
     """One row of a manifest. Ids are unique within a set. Empty text means: nobody speaks.
 
     source: where the recording came from, such as a podcast's name.
+    quality: how well text and sound agree, as the set's makers measured it; None: not known.
     """
 
     id: str
@@ -35,6 +44,7 @@ class Clip:
     language: str = ""
     context: str = ""
     segments: tuple[Segment, ...] = ()
+    quality: float | None = None
 
 
 def group_field(clips: Sequence[Clip]) -> str:
@@ -57,6 +67,8 @@ class ClipSet:
     fingerprint: sha256 of everything in `clips` and of where the audio lies.
     bad: rows that are no clip at all (id or line, `BadClip`); they count as bad clips.
     files: absolute, of each clip, what holds its sound and no other; "" where there is none.
+    removed: rows left out on purpose (id, reason); they are not bad.
+    notes: what the files lack of the set's schema, each told once.
     """
 
     name: str
@@ -66,6 +78,8 @@ class ClipSet:
     bad: tuple[tuple[str, BadClip], ...] = ()
     share: float | None = None
     files: tuple[str, ...] = ()
+    removed: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @struct.dataclass

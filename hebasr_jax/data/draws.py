@@ -46,6 +46,7 @@ class Table:
     samples_C: at 16 kHz. tokens_C: prompt and target. added_tokens_C: what the clip adds to the
     text of a row when it follows another clip. recording_C: a number per recording of a set, -1:
     unknown. language_C: a number per language; clips of two languages are never joined.
+    timed_C: 1 words with times, 0 no words, -1 words without times. context_C: 1 with a context.
     """
 
     sets: tuple[SetInfo, ...]
@@ -56,6 +57,8 @@ class Table:
     added_tokens_C: np.ndarray
     recording_C: np.ndarray
     language_C: np.ndarray
+    timed_C: np.ndarray
+    context_C: np.ndarray
 
     @cached_property
     def first_S(self) -> np.ndarray:
@@ -122,17 +125,17 @@ def uniform(keys: Any, visits: Any, seed: int, what: str) -> Any:
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def draws_per_set(sets: Sequence[SetInfo], max_repeats: float) -> list[int]:
+def draws_per_set(sets: Sequence[SetInfo], data: Data) -> list[int]:
     """Clips that one epoch draws from each set.
 
-    A set with a share gets that share of all clips' number; sets without one divide what is left
-    in proportion to their sizes; where every set has one, shares are taken relative to their sum.
-    No set gets more than `max_repeats` times its clips. Raises `UserError` for shares that cannot
-    be met.
+    A set with a share gets that share of the epoch; sets without one divide what is left in
+    proportion to their sizes, flattened by `data.temperature`; where every set has one, shares
+    are taken relative to their sum. An epoch has as many draws as there are clips, or with
+    `data.exhaust` as many as show every clip. No set gets more than `data.max_repeats` times its
+    clips. Raises `UserError` for shares or a temperature that cannot be.
     """
-    total = sum(info.clips for info in sets)
     shares = [info.share for info in sets if info.share is not None]
-    rest, unshared = 1.0 - sum(shares), sum(info.clips for info in sets if info.share is None)
+    rest, weights = 1.0 - sum(shares), _weights(sets, data.temperature)
     if any(not 0.0 < share <= 1.0 for share in shares) or rest < -1e-9:
         told = ", ".join(f"{info.name} {info.share}" for info in sets if info.share is not None)
         raise UserError(
@@ -140,22 +143,40 @@ def draws_per_set(sets: Sequence[SetInfo], max_repeats: float) -> list[int]:
             f"They are {told}; each must lie in 0..1, and their sum must not pass 1.",
             "Lower them, or leave the share of the largest set out.",
         )
-    if unshared and rest < 1e-9:
+    if weights and rest < 1e-9:
         left = ", ".join(info.name for info in sets if info.share is None)
         raise UserError(
             f"Nothing would be drawn from {left}.",
             "The shares of the other data sets sum to 1.",
             "Give every set a share, or lower those that are given.",
         )
-    scale = 1.0 if unshared else sum(shares)
-    wanted = [
-        total * (rest * info.clips / unshared if info.share is None else info.share / scale)
-        for info in sets
+    scale = 1.0 if weights else sum(shares)
+    part_S = [
+        rest * weights[info.name] if info.share is None else info.share / scale for info in sets
     ]
+    if data.exhaust:
+        total = max(info.clips / part for info, part in zip(sets, part_S, strict=True))
+    else:
+        total = sum(info.clips for info in sets)
     return [
-        max(1, min(round(draws), math.floor(max_repeats * info.clips)))
-        for draws, info in zip(wanted, sets, strict=True)
+        max(1, round(min(total * part, math.floor(data.max_repeats * info.clips))))
+        for info, part in zip(sets, part_S, strict=True)
     ]
+
+
+def _weights(sets: Sequence[SetInfo], temperature: float | None) -> dict[str, float]:
+    """How the sets without a share divide what the others leave; they sum to 1."""
+    temperature = 1.0 if temperature is None else temperature
+    if not 0.0 < temperature < math.inf:
+        raise UserError(
+            f"data.temperature is {temperature}.",
+            "Sets are drawn in proportion to size ** (1 / temperature).",
+            "Give a number above 0, such as 3, or None.",
+        )
+    free = [info for info in sets if info.share is None]
+    largest = max((info.clips for info in free), default=1)
+    powers = {info.name: (info.clips / largest) ** (1.0 / temperature) for info in free}
+    return {name: power / sum(powers.values()) for name, power in powers.items()}
 
 
 def longest_row(table: Table, augment: Augment) -> Limit:
@@ -171,7 +192,7 @@ def compose_rows(table: Table, data: Data, augment: Augment, seed: int, epoch: i
     `join_share` is joined. Rows are in no particular order.
     """
     limit = longest_row(table, augment)
-    counts = draws_per_set(table.sets, data.max_repeats)
+    counts = draws_per_set(table.sets, data)
     parts = [
         _draw(int(start), info, count, seed, epoch)
         for start, info, count in zip(table.first_S, table.sets, counts, strict=False)

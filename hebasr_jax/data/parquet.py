@@ -3,7 +3,7 @@
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ _GROUP_BYTES = 2 << 30  # a row group with more audio is refused before it is al
 
 
 def parquet_rows(file: Path, audio: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Each row as a dict of those of `columns` (first parts of dotted names) that the file has.
+    """Each row as a dict of those of `columns` that the file has; dots reach into structs.
 
     Raises UserError for what is no parquet file, and for an `audio` column without encoded sound.
     """
@@ -32,7 +32,8 @@ def parquet_rows(file: Path, audio: str, columns: Sequence[str]) -> Iterator[dic
     parquet = _open(file)
     schema = parquet.schema_arrow
     _check_audio(file, audio, schema)
-    here = [name for name in dict.fromkeys(columns) if name in schema.names and name != audio]
+    there = set(_paths(schema)) - {audio}
+    here = [name for name in dict.fromkeys(columns) if name in there]
     try:
         if not here:
             yield from ({} for _ in range(parquet.metadata.num_rows))
@@ -45,6 +46,20 @@ def parquet_rows(file: Path, audio: str, columns: Sequence[str]) -> Iterator[dic
 
 def column_names(file: Path) -> list[str]:
     return _open(file).schema_arrow.names
+
+
+def column_paths(file: Path) -> list[str]:
+    """The columns of a file, and the fields of its structs as dotted paths."""
+    return list(_paths(_open(file).schema_arrow))
+
+
+def _paths(fields: "Iterable[pa.Field]", above: str = "") -> Iterator[str]:
+    import pyarrow as pa
+
+    for field in fields:
+        yield f"{above}{field.name}"
+        if pa.types.is_struct(field.type):
+            yield from _paths(field.type, f"{above}{field.name}.")
 
 
 class AudioColumn:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from hebasr_jax.data.draws import Table, generator, row_words, uniform
 from hebasr_jax.data.plan import Bucket, EpochPlan, Row, choose_buckets, plan_epoch
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.table import make_table, prompt_style
+from hebasr_jax.data.targets import Targets, can_stamp, row_targets
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Augment, Config
 from hebasr_jax.text import (
@@ -29,7 +31,7 @@ from hebasr_jax.text import (
     build_example,
     build_target,
 )
-from hebasr_jax.timestamps import MAX_STAMP_S, Segment
+from hebasr_jax.timestamps import Segment
 
 _ATTEMPTS = 16  # rows tried for one place in a batch
 _CONTEXTS = 64  # clips tried for a wrong context
@@ -52,6 +54,12 @@ class Feed:
     def plan(self, epoch: int) -> EpochPlan:
         config = self.config
         return plan_epoch(self.table, self.buckets, config.data, config.augment, config.seed, epoch)
+
+    @cached_property
+    def targets(self) -> Targets:
+        """How stamps and contexts are drawn for the rows of this feed's own mix."""
+        config = self.config
+        return row_targets(self.table, config.text, config.data, config.augment, config.seed)
 
 
 class Item(NamedTuple):
@@ -264,12 +272,10 @@ def _read_row(feed: Feed, plan: EpochPlan, number: int, row: Row) -> _Loaded | N
 
 def _row_stamps(feed: Feed, row: Row) -> bool:
     """Stamps are drawn for the row as a whole, if all its words have times that can be written."""
-    clips = [_clip(feed, index)[1] for index in row.clips]
-    length_s = sum(clip.duration_s for clip in clips)
-    length_s += feed.config.data.join_gap_s * (len(clips) - 1)
-    timed = all(clip.segments or not clip.text.strip() for clip in clips)
-    timed &= length_s <= MAX_STAMP_S * min(1.0, row.speed)
-    return timed and _drawn(feed, row, row.clips[0], "stamps", feed.config.text.stamp_share)
+    clips_C, first_R = np.array(row.clips), np.array([0, len(row.clips)])
+    gap_s = feed.config.data.join_gap_s
+    (able,) = can_stamp(feed.table, clips_C, first_R, np.array([row.speed]), gap_s)
+    return bool(able) and _drawn(feed, row, row.clips[0], "stamps", feed.targets.stamps.probability)
 
 
 def _style(feed: Feed, clips: Sequence[Clip], stamps: bool) -> PromptStyle:
@@ -345,7 +351,8 @@ def _context(feed: Feed, row: Row, head: int) -> str:
     """
     text, own = feed.config.text, _clip(feed, head)[1].context.strip()
     planned = own and head == row.clips[0]
-    if not planned or not _drawn(feed, row, head, "context", text.context_share):
+    chance = feed.targets.context.probability
+    if not planned or not _drawn(feed, row, head, "context", chance):
         return ""
     wrong = _drawn(feed, row, head, "wrong context", text.wrong_context_share)
     return _wrong_context(feed, row, head) if wrong else own

@@ -174,7 +174,10 @@ def plan_table(table: Table, plan: EpochPlan, data: Data) -> dict[str, Any]:
     sums.append({name: sum(row[name] for row in sums) for name in sums[0]})
     shapes = [asdict(bucket) for bucket in plan.buckets]
     shapes.append(dict.fromkeys(shapes[0]))
-    draws = draws_per_set(table.sets, data.max_repeats)
+    draws = draws_per_set(table.sets, data)
+    clips_C = plan.rows.clips_C
+    set_C = np.searchsorted(table.first_S, clips_C, side="right") - 1
+    samples_S = np.bincount(set_C, table.samples_C[clips_C], minlength=len(table.sets))
     return {
         "epoch": plan.epoch,
         "buckets": [shape | _shares(row) for shape, row in zip(shapes, sums, strict=True)],
@@ -183,9 +186,11 @@ def plan_table(table: Table, plan: EpochPlan, data: Data) -> dict[str, Any]:
                 "name": info.name,
                 "clips": info.clips,
                 "draws": count,
+                "share": count / sum(draws),
                 "effective_epochs": count / info.clips,
+                "hours": float(samples) / SAMPLE_RATE / 3600,
             }
-            for info, count in zip(table.sets, draws, strict=True)
+            for info, count, samples in zip(table.sets, draws, samples_S, strict=True)
         ],
     }
 
@@ -193,13 +198,17 @@ def plan_table(table: Table, plan: EpochPlan, data: Data) -> dict[str, Any]:
 def plan_fingerprint(
     table: Table, buckets: tuple[Bucket, ...], data: Data, augment: Augment, seed: int
 ) -> str:
-    """sha256 of all that determines the plans of all epochs."""
+    """sha256 of all that, with the config, determines the plans of all epochs and their targets."""
     settings = [data.join_share, data.join_gap_s, data.max_repeats, augment.speed_factors, seed]
+    settings += [data.temperature, data.exhaust]
     content = [[list(info) for info in table.sets], [asdict(b) for b in buckets], settings]
     hasher = hashlib.sha256(json.dumps(content).encode())
     for column in (table.clip_C, table.key_C, table.samples_C, table.tokens_C):
         hasher.update(column.astype("<u8").tobytes())
     for column in (table.added_tokens_C, table.recording_C, table.language_C):
+        hasher.update(column.astype("<i8").tobytes())
+    # Not of the plan, but of the chances that `targets` draws by: with the config all they follow.
+    for column in (table.timed_C, table.context_C):
         hasher.update(column.astype("<i8").tobytes())
     return hasher.hexdigest()
 

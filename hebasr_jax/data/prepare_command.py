@@ -2,16 +2,20 @@
 
 import contextlib
 import functools
+import json
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Columns, Source
+
+if TYPE_CHECKING:
+    from hebasr_jax.data.clips import ClipSet
 
 _TELL_EVERY_S = 10.0
 
@@ -36,6 +40,14 @@ class Prepare:
     """only rows of --source whose split says so"""
     columns: Columns = field(default_factory=Columns)
     """names of the columns or fields of --source"""
+    schema: str = ""
+    """hub set that --source is a copy of, such as crowd-transcribe-v5; "": none"""
+    normalizer: Literal["", "hebrew-v1"] = ""
+    """what is done to the texts of --source"""
+    without: tuple[str, ...] = ()
+    """JSONL files with `id` and `reason` in each line: clips of --source to leave out"""
+    accept_licence: bool = False
+    """use --schema although its licence is non-commercial or not stated"""
     format: Literal["pcm", "flac"] = "flac"
     """flac is about two thirds as large, pcm is decoded 17 times as fast"""
     shard_mb: float = 512.0
@@ -68,6 +80,8 @@ class Prepare:
                 max_bad_share=self.max_bad_share,
                 progress=functools.partial(_progress, clip_set.name),
             )
+            if part == 1:
+                _list_removed(clip_set, folder)
             _say(f"{folder}: {_told(plan.shards, lacking)}")
         return 0
 
@@ -76,9 +90,17 @@ class Prepare:
         if (self.config is None) == (self.source is None):
             raise UserError("give --config, or --source and --name", "one of them is needed")
         if self.source is not None:
-            sets: dict[str, tuple[Source, ...]] = {
-                "": (Source(self.name or "", self.source, split=self.split, columns=self.columns),)
-            }
+            source = Source(
+                self.name or "",
+                self.source,
+                split=self.split,
+                columns=self.columns,
+                schema=self.schema,
+                normalizer=self.normalizer,
+                without=self.without,
+                accept_licence=self.accept_licence,
+            )
+            sets: dict[str, tuple[Source, ...]] = {"": (source,)}
         else:
             from hebasr_jax.config_file import load_config
 
@@ -92,6 +114,15 @@ class Prepare:
         if not folders:
             raise UserError(f"{self.config}: has no set in data.train or data.dev")
         return folders
+
+
+def _list_removed(clip_set: "ClipSet", folder: Path) -> None:
+    """Writes `removed.jsonl`: rows left out on purpose, each with its reason."""
+    from hebasr_jax.data.shards import write_synced
+
+    rows = [{"id": row, "reason": reason} for row, reason in clip_set.removed]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_synced(folder / "removed.jsonl", "".join(lines).encode("utf-8", "replace"))
 
 
 def _part(shard: str) -> tuple[int, int]:

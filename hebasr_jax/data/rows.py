@@ -81,6 +81,7 @@ def parse_row(
         language=_string(row, columns.language),
         context=_string(row, columns.context),
         segments=_segments(field(row, columns.segments)),
+        quality=_number(row, columns.quality),
     )
     return clip, place
 
@@ -103,6 +104,12 @@ def field(row: dict[str, Any], path: str) -> Any:
     for name in path.split("."):
         value = value.get(name, _NOTHING) if isinstance(value, dict) else _NOTHING
     return value
+
+
+def value_of(row: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    value = field(row, path)
+    return None if value is _NOTHING else value
 
 
 def _place(row: dict[str, Any], columns: Columns, folder: Path) -> Place:

@@ -130,7 +130,9 @@ def manifest_row(clip: Clip, audio: str = "") -> dict[str, Any]:
         {"start_s": segment.start_s, "end_s": segment.end_s, "text": segment.text}
         for segment in clip.segments
     ]
-    return {name: value for name, value in row.items() if value or name == "text"}
+    # A quality of 0 says much.
+    kept = {"text"} | ({"quality"} if clip.quality is not None else set())
+    return {name: value for name, value in row.items() if value or name in kept}
 
 
 def write_synced(file: Path, content: bytes) -> None:

@@ -17,11 +17,19 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from hebasr_jax.audio import SAMPLE_RATE
-from hebasr_jax.data.clips import BadClip, Clip, ClipSet
+from hebasr_jax.data.adapt import Rows, adapted_rows, normalized
+from hebasr_jax.data.adapters import filled, find_adapter, refuse_licence
+from hebasr_jax.data.clips import BadClip, Clip, ClipSet, Removed
 from hebasr_jax.data.decode import as_file, read_piece, read_sound, sound_duration_s
-from hebasr_jax.data.parquet import AudioColumn, column_names, no_column, parquet_rows
+from hebasr_jax.data.parquet import (
+    AudioColumn,
+    column_names,
+    no_column,
+    parquet_rows,
+)
 from hebasr_jax.data.quality import top_reasons
 from hebasr_jax.data.rows import Place, check_segments, has_field, parse_line, parse_row
+from hebasr_jax.data.selection import Selection
 from hebasr_jax.data.shards import SET_FILE, SUFFIX, shard_reader, shard_rows
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Columns, Source
@@ -29,7 +37,6 @@ from hebasr_jax.run_config import Columns, Source
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 Read = Callable[[Place, float], np.ndarray]  # a place and the seconds expected there
-Rows = Iterator[tuple[str, dict[str, Any] | BadClip]]  # FILE:LINE and what stands there
 
 _THREADS = 16  # they wait for disks more than they compute
 _AT_ONCE = 256  # rows a thread takes at a time
@@ -42,6 +49,16 @@ class _Table(NamedTuple):
     columns: Columns
     folder: Path
     audio_column: str  # of the parquet files that the rows point to
+    lacking: Sequence[str] = ()  # columns of the schema; complete once the rows are read
+    repeats: bool = False  # rows may share an id
+
+
+class _Parsed(NamedTuple):
+    """Rows as clips, rows that are none, and rows left out on purpose."""
+
+    rows: list["_Found"]
+    bad: list[tuple[str, BadClip]]
+    removed: list[tuple[str, str]]
 
 
 class _Found(NamedTuple):
@@ -70,7 +87,11 @@ def is_there(source: Source) -> bool:
 
 
 def open_source(
-    source: Source, *, files: Sequence[Path] = (), null_is_empty: bool = False
+    source: Source,
+    *,
+    files: Sequence[Path] = (),
+    null_is_empty: bool = False,
+    unlabelled: bool = False,
 ) -> ClipSet:
     """Reads what is known of a set's clips; audio is left where it is.
 
@@ -78,14 +99,18 @@ def open_source(
     does the second row with an id. `read` gives at most round(duration_s * 16000) samples. The
     fingerprint takes in all fields of the clips, audio names as written, and sizes of files.
     Raises UserError for a set that cannot be read, has no valid clip, no row of its split, or
-    lacks a column that `source.columns` names; a column named "" is none.
+    lacks a column that `source.columns` names; a column named "" is none. With a schema, parquet
+    files are read as its adapter says; manifests and shards are what `prepare` made of them. What
+    the schema, the normaliser, `without`, `only` and `min_quality` leave out is in `removed`.
 
     Args:
       files: parquet files to read, instead of those that `source.path` names.
       null_is_empty: a text that is null counts as an empty one; else such a row is bad.
+      unlabelled: a schema without text is wanted; else it is an error, for texts are "" there.
     """
+    source = _allowed(source, unlabelled)
     table = _table(source, files)
-    rows, bad = _parse(source, table, null_is_empty)
+    rows, bad, removed = _parse(source, table, null_is_empty)
     read, measure = _readers(table.audio_column)
     sizes = dict(_in_threads(lambda file: (file, _size(file)), {row.place.file for row in rows}))
 
@@ -99,13 +124,15 @@ def open_source(
     for row, clip in zip(rows, _in_threads(complete, rows), strict=True):
         if isinstance(clip, BadClip):
             bad.append((row.where, clip))
+        elif clip.id in kept and table.repeats:
+            removed.append((clip.id, "is a clip that was transcribed before"))
         elif clip.id in kept:
             told = f"{clip.id}: first at {kept[clip.id][0].where}"
             bad.append((row.where, BadClip("has the id of another row", told)))
         else:
             kept[clip.id] = row, clip
     if not kept:
-        raise _no_clip(source, bad)
+        raise _no_clip(source, bad, removed)
     clips = tuple(clip for _, clip in kept.values())
     places = [row.place for row, _ in kept.values()]
     return ClipSet(
@@ -116,7 +143,21 @@ def open_source(
         bad=tuple(bad),
         share=source.share,
         files=tuple("" if p.row is not None or p.piece else str(p.file.absolute()) for p in places),
+        removed=tuple(removed),
+        notes=tuple(f"has no column {path}" for path in dict.fromkeys(table.lacking)),
     )
+
+
+def _allowed(source: Source, unlabelled: bool) -> Source:
+    """The source with what its schema says of it. Raises UserError where it may not be used."""
+    refuse_licence(source)
+    if source.schema and find_adapter(source.schema).transcript == "none" and not unlabelled:
+        raise UserError(
+            f"{source.name}: schema {source.schema} has no text to train on",
+            "An empty text would say that nobody speaks.",
+            "Give it pseudo-labels first.",
+        )
+    return filled(source)
 
 
 def _absent(sources: Sequence[Source]) -> UserError:
@@ -135,11 +176,15 @@ def _absent(sources: Sequence[Source]) -> UserError:
 
 
 def describe(clip_set: ClipSet) -> str:
-    """One line for the user: clips and hours kept, rows lost and why."""
+    """One line for the user: clips and hours kept, rows lost or left out and why."""
     hours = sum(clip.duration_s for clip in clip_set.clips) / 3600
     lost = top_reasons(fault.reason for _, fault in clip_set.bad)
     told = f"{clip_set.name}: {len(clip_set.clips):,} clips, {hours:,.2f} h"
-    return told + (f"; {len(clip_set.bad):,} rows lost: {lost}" if lost else "; no row lost")
+    told += f"; {len(clip_set.bad):,} rows lost: {lost}" if lost else "; no row lost"
+    if clip_set.removed:
+        reasons = top_reasons((reason for _, reason in clip_set.removed), most=8)
+        told += f"; {len(clip_set.removed):,} left out: {reasons}"
+    return "; ".join([told, *clip_set.notes])
 
 
 def _table(source: Source, files: Sequence[Path]) -> _Table:
@@ -147,14 +192,23 @@ def _table(source: Source, files: Sequence[Path]) -> _Table:
     columns = source.columns
     if files:
         folder = Path(os.path.commonpath([file.parent for file in files]))
-        return _Table(_parquet_table(files, folder, columns), columns, folder, columns.audio)
+        return _of_parquet(source, files, folder)
     if (path / SET_FILE).is_file():
         rows = _parsed(shard_rows(path))
         return _Table(rows, Columns(), path, Columns.audio)
     if path.is_file() and path.suffix != ".parquet":
         return _Table(_parsed(_lines(path)), columns, path.parent, Columns.audio)
-    files, folder = _parquet_files(path)
-    return _Table(_parquet_table(files, folder, columns), columns, folder, columns.audio)
+    return _of_parquet(source, *_parquet_files(path))
+
+
+def _of_parquet(source: Source, files: Sequence[Path], folder: Path) -> _Table:
+    columns = source.columns
+    if not source.schema:
+        return _Table(_parquet_table(files, folder, columns), columns, folder, columns.audio)
+    adapter, lacking = find_adapter(source.schema), list[str]()
+    rows = adapted_rows(source, files, folder, lacking)
+    audio = columns.audio if columns.audio != Columns.audio else adapter.columns.audio
+    return _Table(rows, Columns(), folder, audio, lacking, adapter.repeats)
 
 
 def _parquet_files(path: Path) -> tuple[list[Path], Path]:
@@ -207,19 +261,17 @@ def _parsed(lines: Iterable[tuple[str, bytes]]) -> Rows:
             yield where, fault
 
 
-def _parse(
-    source: Source, table: _Table, null_is_empty: bool
-) -> tuple[list[_Found], list[tuple[str, BadClip]]]:
-    """Rows of the split as clips, and what is none."""
-    rows: list[_Found] = []
-    bad: list[tuple[str, BadClip]] = []
+def _parse(source: Source, table: _Table, null_is_empty: bool) -> _Parsed:
+    """Rows of the split that are wanted as clips, and what is none."""
+    rows, bad, removed = parsed = _Parsed([], [], [])
+    selection = Selection.of(source)
     others: set[str] = set()
     named = zip(astuple(table.columns), astuple(Columns()), strict=True)
     unseen = {path for path, usual in named if path not in (usual, "")}
     names: list[str] = []
     for where, row in table.rows:
         try:
-            if isinstance(row, BadClip):
+            if isinstance(row, BadClip | Removed):
                 raise row
             unseen = {path for path in unseen if not has_field(row, path)}
             names = names or list(row)
@@ -227,22 +279,26 @@ def _parse(
                 others.add(str(row.get("split")))
                 continue
             clip, place = parse_row(row, table.columns, table.folder, null_is_empty=null_is_empty)
+            selection.check(clip)
+            clip = normalized(clip) if source.normalizer else clip
             rows.append(_Found(where, clip, place))
         except BadClip as fault:
             bad.append((where, fault))
+        except Removed as fault:
+            removed.append((fault.clip_id or where, fault.reason))
     if unseen and names:
         raise UserError(
             f"{source.path}: no row has a field {sorted(unseen)[0]!r}",
             f"The fields of its first row are {', '.join(names)}.",
             f"Correct columns of the set {source.name!r}.",
         )
-    if others and not rows and not bad:
+    if others and not rows and not bad and not removed:
         raise UserError(
             f"{source.path}: no row has the split {source.split!r}",
             f"Splits there: {', '.join(sorted(others))[:200]} (None: the row names none).",
             f"Correct split of the set {source.name!r}.",
         )
-    return rows, bad
+    return parsed
 
 
 def _readers(audio_column: str) -> tuple[Read, Callable[[Place], float]]:
@@ -315,10 +371,21 @@ def _fingerprint(
 
 def _plain(clip: Clip) -> list[Any]:
     segments = [(segment.start_s, segment.end_s, segment.text) for segment in clip.segments]
-    return [value for name, value in vars(clip).items() if name != "segments"] + [segments]
+    quality = [] if clip.quality is None else [clip.quality]  # older sets keep their fingerprint
+    plain = [value for name, value in vars(clip).items() if name not in ("segments", "quality")]
+    return [*plain, segments, *quality]
 
 
-def _no_clip(source: Source, bad: Sequence[tuple[str, BadClip]]) -> UserError:
+def _no_clip(
+    source: Source, bad: Sequence[tuple[str, BadClip]], removed: Sequence[tuple[str, str]]
+) -> UserError:
+    if removed:
+        reasons = top_reasons([*(reason for _, reason in removed), *(f.reason for _, f in bad)])
+        return UserError(
+            f"{source.path}: no clip is left of its {len(bad) + len(removed)} rows",
+            reasons,
+            f"Correct without, only, min_quality or schema of the set {source.name!r}.",
+        )
     if not bad:
         return UserError(f"{source.path}: is empty: it has no row", "", "Check how it was made.")
     where, fault = bad[0]

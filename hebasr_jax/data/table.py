@@ -54,6 +54,8 @@ def make_table(
                 *(count[index_C] for count in counts),
                 np.array([recordings.setdefault(c.recording, len(recordings) - 1) for c in clips]),
                 np.array([languages.setdefault(c.language, len(languages)) for c in clips]),
+                np.array([_timed(clip) for clip in clips], np.int8),
+                np.array([bool(clip.context.strip()) for clip in clips], np.int8),
             ]
         )
     joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
@@ -138,8 +140,15 @@ def _stamped_lengths(tokenizer: TextTokenizer, clips: Sequence[Clip]) -> np.ndar
     texts = [segment.text.strip() for clip in clips for segment in clip.segments]
     owner = np.repeat(np.arange(len(clips)), [len(clip.segments) for clip in clips])
     lengths = np.bincount(owner, _lengths(tokenizer, texts) + 4, minlength=len(clips))
-    timed_C = np.array([bool(clip.segments) or not clip.text.strip() for clip in clips], bool)
-    return np.where(timed_C, lengths, -1).astype(np.int64)
+    timed_C = np.array([_timed(clip) for clip in clips])
+    return np.where(timed_C >= 0, lengths, -1).astype(np.int64)
+
+
+def _timed(clip: Clip) -> int:
+    """1: words with times; 0: no words; -1: words without times."""
+    if not clip.text.strip():
+        return 0
+    return 1 if clip.segments else -1
 
 
 def _lengths(tokenizer: TextTokenizer, texts: Sequence[str]) -> np.ndarray:
