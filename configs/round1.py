@@ -24,9 +24,17 @@ from hebasr_jax.run_config import (
 _IVRIT = "ivrit.ai licence v2: CC-BY-4.0 terms, for training AI models or research only"
 
 
+_SCHEMAS = {
+    "ivrit-ai/crowd-transcribe-v5": "crowd-transcribe-v5",
+    "ivrit-ai/crowd-recital-whisper-training": "crowd-recital",
+    "ivrit-ai/knesset-plenums-whisper-training": "knesset-plenums",
+}
+
+
 def ivrit(name: str, hub: str, part: str = "train") -> Source:
-    """Shards made by `hebasr prepare` from a copy of a gated ivrit.ai set."""
-    return Source(name, f"data/{hub.split('/')[1]}/{part}", hub=hub, licence=_IVRIT)
+    """Shards made from a gated ivrit.ai set by `hebasr prepare --config` of this file."""
+    path = f"data/{hub.split('/')[1]}/{part}"
+    return Source(name, path, hub=hub, licence=_IVRIT, schema=_SCHEMAS[hub])
 
 
 def get_config() -> Config:

@@ -303,7 +303,7 @@ def test_without_data_and_weights_a_round_fails_early_with_the_remedy(
     assert main(["train", "--config", path, *settings("model.path=tiny")]) == 1
     told = capsys.readouterr().err
     assert "ivrit-ai/crowd-transcribe-v5" in told
-    assert "hf download" in told
+    assert "hebasr prepare --config" in told
     assert len(told.split("error: ")[1].splitlines()) <= 3
     layers = settings(*(["stages.0.decoder.trained_layers=1"] if config != "round1" else []))
     more = settings(

@@ -6,8 +6,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hebasr_jax.data.clips import ClipSet
 
 _TELL_EVERY_S = 10.0
+ORIGIN_FILE = "origin.json"  # beside the shards of a hub set: which one, at which commit
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,12 @@ class Prepare:
 
     Run the same command again after any stop: finished shards are checked and kept. With --shard
     i/n, n jobs share the work in any order; a set can be read once every job is done.
+
+    With --config and no --out, training sets that are not there are fetched from the hub by their
+    schema, and their shards written where the config reads them.
     """
 
-    out: Path
+    out: Path | None = None
     """folder to write to: OUT/NAME, or OUT/train/NAME and OUT/dev/NAME of a config's sets"""
     config: Path | None = None
     """config file whose training and dev sets are prepared"""
@@ -61,13 +65,13 @@ class Prepare:
 
     def run(self) -> int:
         from hebasr_jax.data.prepare import plan_set, prepare_set
-        from hebasr_jax.data.sources import describe, open_source
+        from hebasr_jax.data.sources import describe
 
         part, parts = _part(self.shard)
         if not self.shard_mb > 0 or self.threads < 1:
             raise UserError("--shard-mb and --threads must be positive")
         for folder, source in self._sources().items():
-            clip_set = open_source(source)
+            clip_set = self._open(source, folder)
             _say(describe(clip_set))
             plan = plan_set(clip_set, self.format, self.shard_mb)
             lacking = prepare_set(
@@ -106,7 +110,11 @@ class Prepare:
 
             assert self.config is not None
             data = load_config(self.config).config.data
+            if self.out is None:
+                return _of_hub(self.config, data.train)
             sets = {"train": data.train, "dev": data.dev}
+        if self.out is None:
+            raise UserError("--out is not given", do="name a folder for the shards of --source")
         folders = {self.out / use / source.name: source for use in sets for source in sets[use]}
         for source in folders.values():
             if not re.fullmatch(r"[^\W.][^/\\\0]*", source.name):
@@ -114,6 +122,69 @@ class Prepare:
         if not folders:
             raise UserError(f"{self.config}: has no set in data.train or data.dev")
         return folders
+
+    def _open(self, source: Source, folder: Path) -> "ClipSet":
+        """A set that lies here, or else on the hub, whose commit is put down beside its shards."""
+        from hebasr_jax.data.adapters import filled, find_adapter
+        from hebasr_jax.data.shards import write_synced
+        from hebasr_jax.data.sources import open_source
+        from hebasr_jax.hub import find_dataset
+
+        if self.out is not None:
+            return open_source(source)
+        adapter = find_adapter(source.schema)
+        hub, split = source.hub or adapter.hub, source.split or adapter.splits[0]
+        found = find_dataset(hub, adapter.config, split, revision=_revision(folder))
+        clip_set = open_source(replace(source, split=None), files=found.paths)
+        told = {
+            "hub": hub,
+            "config": adapter.config,
+            "split": split,
+            "revision": found.revision,
+            "licence": filled(source).licence,
+            "clips": len(clip_set.clips),
+            "bad": len(clip_set.bad),
+            "removed": len(clip_set.removed),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        write_synced(folder / ORIGIN_FILE, json.dumps(told, ensure_ascii=False, indent=1).encode())
+        return clip_set
+
+
+def _revision(folder: Path) -> str | None:
+    """The commit that a folder's shards were begun from, so that the next call makes the others."""
+    try:
+        return json.loads((folder / ORIGIN_FILE).read_bytes())["revision"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _of_hub(config: Path, sources: Sequence[Source]) -> dict[Path, Source]:
+    """The sets of the hub that a config wants shards of, by the folder that it reads.
+
+    Shards hold all clips, texts as they came: lists, quality and normaliser count when they are
+    read, so that several sets of a config can share them.
+    """
+    from hebasr_jax.data.shards import SET_FILE
+    from hebasr_jax.data.sources import is_there
+
+    folders: dict[Path, Source] = {}
+    for source in sources:
+        folder = Path(source.path).expanduser()
+        if is_there(source) and not (folder / SET_FILE).is_file():
+            _say(f"{source.name}: {source.path} is there, and is left as it is")
+        elif source.schema:
+            whole = replace(source, without=(), only=None, min_quality=None, normalizer="")
+            folders.setdefault(folder, whole)
+        else:
+            raise UserError(
+                f"{source.name}: {source.path} is not there",
+                "the set has no schema, by which it could be fetched from the hub",
+                "put a manifest, parquet files or shards there, or name a schema in the config",
+            )
+    if not folders:
+        _say(f"{config}: nothing is to be fetched; with --out the sets that are here get shards")
+    return folders
 
 
 def _list_removed(clip_set: "ClipSet", folder: Path) -> None:

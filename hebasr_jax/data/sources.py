@@ -170,8 +170,8 @@ def _absent(sources: Sequence[Source]) -> UserError:
         f"{paths}: no such file or folder",
         f"these are made from the hub's {', '.join(hubs)}, which are gated: accept their terms "
         "on https://huggingface.co/datasets/... and log in with `hf auth login`",
-        f"then hf download --repo-type dataset {hubs[0]} and hebasr prepare --help, or set "
-        "data.train.0.path to data of your own",
+        "then `hebasr prepare --config FILE` makes the training sets, and `hebasr split` dev sets "
+        "of them; or set data.train.0.path to data of your own",
     )
 
 
