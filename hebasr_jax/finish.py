@@ -24,6 +24,7 @@ from hebasr_jax.average import Choice, compare, describe, finite
 from hebasr_jax.card import write_card
 from hebasr_jax.data.adapters import filled
 from hebasr_jax.data.clips import ClipSet
+from hebasr_jax.data.shards import read_origin
 from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import any_host, is_first, on_first, place_whole
 from hebasr_jax.errors import UserError
@@ -177,10 +178,12 @@ def _data(setup: Setup) -> dict[str, Any]:
         table = part.feed.table
         for info, first, last in zip(table.sets, table.first_S, table.first_S[1:], strict=False):
             source = sources[info.name]
+            commit = read_origin(Path(source.path).expanduser()).get("revision")
+            at = f"{commit}; " if commit else ""
             rows[info.name] = {
                 "path": source.path,
                 "hub": source.hub,
-                "revision": f"what was read has fingerprint {info.fingerprint[:16]}",
+                "revision": f"{at}what was read has fingerprint {info.fingerprint[:16]}",
                 "licence": source.licence,
                 "hours": float(table.samples_C[first:last].sum()) / SAMPLE_RATE / 3600,
                 "clips": info.clips,

@@ -140,6 +140,8 @@ def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_cha
     for line in record_start(folder, dump(loaded), facts, accept_changes=accept_changes):
         say(f"changed since the last start: {line}")
     write_json(folder / "plan.json", plan_tables(setup))
+    for line in dict.fromkeys(x for part in setup.parts for x in part.feed.targets.warnings()):
+        say(f"warning: {line}")
     for name, reasons in setup.left_out.items():
         for reason, count in reasons.items():
             say(f"{name}: {count} clips left out: {reason}")
@@ -154,6 +156,7 @@ def plan_tables(setup: Setup) -> dict[str, Any]:
         found = plan_table(part.feed.table, part.feed.plan(0), setup.config.data)
         of = f" of stage {part.stage.name}" if len(setup.parts) > 1 else ""
         tables |= {f"{name}{of}": found[name] for name in ("buckets", "sets")}
+        tables[f"rows with{of}"] = part.feed.targets.table()
     samples_C = np.concatenate([part.feed.table.samples_C for part in setup.parts])
     counts, edges = np.histogram(samples_C / SAMPLE_RATE, bins=40)
     histogram = {"edges_s": edges.tolist(), "counts": counts.tolist()}

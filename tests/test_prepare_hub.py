@@ -7,7 +7,7 @@ from hub_rows import FIRST, a_slice, crowd, write
 from stand_in_hub import child, served
 
 from hebasr_jax.config_file import load_config
-from hebasr_jax.data.prepare_command import ORIGIN_FILE
+from hebasr_jax.data.shards import ORIGIN_FILE
 from hebasr_jax.data.sources import open_source
 
 KNESSET = "ivrit-ai/knesset-plenums-whisper-training"

@@ -191,7 +191,7 @@ def test_sets_are_selected_with_their_clips() -> None:
         SetInfo(name, count, None, name) for name, count in (("a", 2), ("b", 3), ("c", 1))
     )
     column = np.arange(6)
-    table = select_sets(Table(infos, *[column] * 7), {"c": 0.25, "a": None})
+    table = select_sets(Table(infos, *[column] * 9), {"c": 0.25, "a": None})
     assert [(info.name, info.share) for info in table.sets] == [("a", None), ("c", 0.25)]
     assert table.key_C.tolist() == [0, 1, 5]
     assert [table.set_of(n) for n in range(3)] == [0, 0, 1]

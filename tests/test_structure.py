@@ -28,9 +28,9 @@ LEVELS = [
     {"model.encoder", "model.decoder", "data.decode", "data.quality", "data.draws", "report_final"},
     {"data.fingerprint"},
     {"overlap", "report_set", "data.audit"},
-    {"report_eval", "data.audit_card"},
+    {"report_eval"},
     {"model.asr", "data.rows", "data.parquet", "data.shards", "data.plan", "data.table", "report"},
-    {"data.targets", "data.normalize", "data.whisper"},
+    {"data.audit_card", "data.targets", "data.normalize", "data.whisper"},
     {"data.adapters"},
     {"data.adapt", "data.selection"},
     {

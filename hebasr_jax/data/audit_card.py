@@ -14,6 +14,7 @@ import numpy as np
 
 from hebasr_jax.charts import histogram
 from hebasr_jax.data.audit import Audit
+from hebasr_jax.data.shards import read_origin
 from hebasr_jax.errors import UserError
 from hebasr_jax.metrics import NORMALIZER
 from hebasr_jax.page import direction_of, escaped, facts_table, side_by_side, table_of, write_page
@@ -63,15 +64,16 @@ def summary(audit: Audit, source: Source) -> dict[str, Any]:
     for clip, m, finding in zip(clips, measures, audit.findings_N, strict=True):
         if finding:  # of a clip that cannot be decoded only the stated length is known
             lost.setdefault(finding.reason, []).append(m.duration_s or clip.duration_s)
-    revision = _COMMIT.search(source.path)
+    origin = read_origin(Path(source.path).expanduser())
+    cached = _COMMIT.search(source.path)
     sound = [m for m in measures if not m.fault]
     verdict = audit.verdict
     return {
         "format": 1,
         "set": source.name,
-        "hub": source.hub,
-        "revision": revision[1] if revision else None,
-        "licence": source.licence,
+        "hub": source.hub or origin.get("hub"),
+        "revision": cached[1] if cached else origin.get("revision"),
+        "licence": source.licence or origin.get("licence"),
         "fingerprint": audit.clip_set.fingerprint,
         "normalizer": NORMALIZER,
         "rows": len(clips) + len(audit.clip_set.bad) + len(audit.clip_set.removed),

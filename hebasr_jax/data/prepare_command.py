@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from hebasr_jax.data.clips import ClipSet
 
 _TELL_EVERY_S = 10.0
-ORIGIN_FILE = "origin.json"  # beside the shards of a hub set: which one, at which commit
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Prepare:
     def _open(self, source: Source, folder: Path) -> "ClipSet":
         """A set that lies here, or else on the hub, whose commit is put down beside its shards."""
         from hebasr_jax.data.adapters import filled, find_adapter
-        from hebasr_jax.data.shards import write_synced
+        from hebasr_jax.data.shards import ORIGIN_FILE, read_origin, write_synced
         from hebasr_jax.data.sources import open_source
         from hebasr_jax.hub import find_dataset
 
@@ -134,7 +133,8 @@ class Prepare:
             return open_source(source)
         adapter = find_adapter(source.schema)
         hub, split = source.hub or adapter.hub, source.split or adapter.splits[0]
-        found = find_dataset(hub, adapter.config, split, revision=_revision(folder))
+        begun = read_origin(folder).get("revision")  # the other shards are of the same commit
+        found = find_dataset(hub, adapter.config, split, revision=begun)
         clip_set = open_source(replace(source, split=None), files=found.paths)
         told = {
             "hub": hub,
@@ -149,14 +149,6 @@ class Prepare:
         folder.mkdir(parents=True, exist_ok=True)
         write_synced(folder / ORIGIN_FILE, json.dumps(told, ensure_ascii=False, indent=1).encode())
         return clip_set
-
-
-def _revision(folder: Path) -> str | None:
-    """The commit that a folder's shards were begun from, so that the next call makes the others."""
-    try:
-        return json.loads((folder / ORIGIN_FILE).read_bytes())["revision"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _of_hub(config: Path, sources: Sequence[Source]) -> dict[Path, Source]:

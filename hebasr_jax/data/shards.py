@@ -24,6 +24,7 @@ from hebasr_jax.errors import UserError
 
 Format = Literal["pcm", "flac"]
 SET_FILE = "set.json"
+ORIGIN_FILE = "origin.json"  # of a set of the hub: which one, at which commit, its licence
 SUFFIX = ".arrayrecord"
 WRITER_OPTIONS = "group_size:1,uncompressed"  # each record by itself; sound does not compress
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -91,6 +92,15 @@ def read_set(folder: Path) -> ShardSet:
         do = "Prepare the set again, into a new folder."
         raise UserError(f"{file}: is not readable", str(error), do) from error
     return ShardSet(**values)
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """What `prepare` put down of a hub set beside its shards; {} where it did not."""
+    try:
+        told = json.loads((folder / ORIGIN_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def is_sealed(folder: Path, name: str, *, thorough: bool) -> bool:
