@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hebasr_jax.data.prepare_command import _progress as progress
+from hebasr_jax.data.prepare_command import progress
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Columns, Source
 

@@ -81,7 +81,7 @@ class Prepare:
                 parts=parts,
                 threads=self.threads,
                 max_bad_share=self.max_bad_share,
-                progress=functools.partial(_progress, clip_set.name),
+                progress=functools.partial(progress, clip_set.name),
             )
             if part == 1:
                 _list_removed(clip_set, folder)
@@ -207,7 +207,7 @@ def _say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def _progress(name: str, total_s: float) -> Iterator[Callable[[float], None]]:
+def progress(name: str, total_s: float) -> Iterator[Callable[[float], None]]:
     """A bar on a terminal; elsewhere a line every ten seconds."""
     if sys.stderr.isatty():
         from rich.console import Console
