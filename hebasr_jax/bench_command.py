@@ -23,7 +23,8 @@ _ALWAYS = {"what", "size", "json"}
 _READ: dict[str, set[str]] = {  # flags that each measurement reads besides
     "train": {
         "work", "rows", "mix_audio_s", "buckets", "steps", "remat", "unroll", "attention", "gather",
-        "devices", "join_share", "peer", "dtype",
+        "devices", "cut_over", "join_share", "peer", "dtype",
+        "coordinator", "processes", "process",
     },
     "generate": {"work", "slots", "tokens", "minutes", "attention", "peer", "dtype"},
     "features": {"rows", "steps"},
@@ -75,6 +76,14 @@ class Bench:
     """when sharded weights are gathered"""
     devices: int | None = None
     """of the mesh; all by default"""
+    cut_over: int | None = None
+    """devices that weights and moments are cut over, as in a config; all by default"""
+    coordinator: str | None = None
+    """host:port of the first process of several, as `hebasr train` has it: the fixed work only"""
+    processes: int | None = None
+    """how many there are"""
+    process: int | None = None
+    """which of them this is, from 0"""
     join_share: float = 0.0
     """share of the short clips of the mix that are joined, as in a config"""
     peer: bool = False
@@ -87,25 +96,34 @@ class Bench:
     """of computing"""
 
     def run(self) -> int:
-        from hebasr_jax.bench.figures import as_json, facts
-        from hebasr_jax.dry_run import show
+        from hebasr_jax.bench.figures import facts
+        from hebasr_jax.distributed import is_first, start
 
         self._check()
+        start(self.coordinator, self.processes, self.process)
         rows = self._peers() if self.peer else []  # before JAX takes the device's memory
         told = {"command": self._command()} | facts() | {"size": self.size}
         try:
             with tempfile.TemporaryDirectory(prefix="hebasr-bench-") as folder:
                 for row in self._measured(Path(folder)):
                     rows.append(row)
-                    _say("measured: " + ", ".join(f"{k} {_short(v)}" for k, v in row.items()))
+                    if is_first():
+                        _say("measured: " + ", ".join(f"{k} {_short(v)}" for k, v in row.items()))
         finally:  # what was measured before a fault is told all the same
-            if self.json:
-                print(as_json(self.what, told, rows))
-            else:
-                print("  ".join(f"{name} {value}" for name, value in told.items()))
-                for title, some in _alike(rows):
-                    show(title, some)
+            if is_first():
+                self._tell(told, rows)
         return 0
+
+    def _tell(self, told: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        from hebasr_jax.bench.figures import as_json
+        from hebasr_jax.dry_run import show
+
+        if self.json:
+            print(as_json(self.what, told, rows))
+            return
+        print("  ".join(f"{name} {value}" for name, value in told.items()))
+        for title, some in _alike(rows):
+            show(title, some)
 
     def _check(self) -> None:
         """Refuses flags that make no work, or that this measurement does not read."""
@@ -116,6 +134,8 @@ class Bench:
             raise UserError("--tokens must be 3 or more, --slots 1 or more, --minutes 0.1 or more")
         if not 0 <= self.join_share <= 1:
             raise UserError("--join-share is a share", "it lies in 0..1")
+        if self.processes and self.work != ("fixed",):
+            raise UserError("several processes measure --work fixed only", do="add --work fixed")
         if foreign := set(self.work) - set(_PARTS.get(self.what, ())):
             raise UserError(
                 f"--work {sorted(foreign)[0]} is no part of {self.what}",
@@ -187,6 +207,7 @@ class Bench:
             unroll=self.unroll,
             gather=self.gather,
             devices=self.devices,
+            cut_over=self.cut_over,
             cache_dir=None,
         )
         settings = train.Settings(

@@ -24,6 +24,7 @@ from hebasr_jax.optim import check_groups, rate_table
 from hebasr_jax.rate_tables import layer_rows, rate_rows
 from hebasr_jax.run_config import Config, Source
 from hebasr_jax.run_setup import Setup, compile_steps, set_up, step_for
+from hebasr_jax.sharding import CUT
 from hebasr_jax.stages import Part, checked_rates
 from hebasr_jax.step_memory import Memory, Shape, compiled_bytes, memory_estimate
 from hebasr_jax.transcribe import open_model
@@ -144,7 +145,7 @@ def _memory(setup: Setup) -> list[Row]:
                 part.stage,
                 rates,
                 shape,
-                devices=setup.mesh.size,
+                devices=setup.mesh.shape[CUT],
                 kernel=setup.compute.kernel,
                 accumulated=step.micro_batches > 1,
             )

@@ -171,6 +171,9 @@ class Computation:
     """sharded weights are gathered once a step, or layer by layer (less memory)"""
     devices: int | None = None
     """devices of the mesh; None: all there are"""
+    cut_over: int | None = None
+    """devices over which weights and moments are cut; None: all, which takes least memory. Fewer,
+    such as those of one host: each group of so many holds a copy, 1: each device"""
     cache_dir: str | None = "~/.cache/hebasr/xla"
     """compiled programs are kept here; None: nowhere"""
 

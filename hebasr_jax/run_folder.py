@@ -34,7 +34,7 @@ MAY_CHANGE = (
     r"(average|export|tracking)\..*",  # what follows the last step, and copies of the log
     r"data\.test.*",
     r"data\.(train|dev)\..*\.(licence|hub)",  # told in the model card
-    r"compute\.(cache_dir|devices|attention|remat|unroll|loss_rows|gather)",  # rounding only
+    r"compute\.(cache_dir|devices|attention|remat|unroll|loss_rows|gather|cut_over)",  # rounding only
 )
 """Config values that a resumed run may change: none of them says what a step learns or what a
 validation is over. Epochs and steps are not among them, since the rate schedule hangs on them."""

@@ -83,7 +83,7 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
         the config trains with them.
       fresh: what an earlier try left in these two places is not kept.
     """
-    mesh = make_mesh(config.compute.devices)
+    mesh = make_mesh(config.compute.devices, config.compute.cut_over)
     compute = compute_of(config)
     source, model, _, original = open_model(config.model.path, revision=config.model.revision)
     stamps = config.text.stamp_share > 0

@@ -1,7 +1,8 @@
 """The mesh, and the one table that says where each parameter lies on it.
 
-One axis, `data`: batches are cut along it, and so are float32 weights and moments (ZeRO). The
-rows of TABLE name the axis of a leaf that is cut; a leaf that the devices do not divide evenly
+Two axes, `copies` and `data`: batches are cut along both, float32 weights and moments along `data`
+alone (ZeRO), so that each copy of them is cut over so many devices; by default there is one copy.
+The rows of TABLE name the axis of a leaf that is cut; a leaf that the devices do not divide evenly
 there is kept whole on each of them.
 """
 
@@ -14,7 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hebasr_jax.errors import UserError
 from hebasr_jax.paths import look_up
 
-AXIS = "data"
+COPIES, CUT = "copies", "data"
+ROWS = PartitionSpec((COPIES, CUT))
 
 TABLE: tuple[tuple[str, int | None], ...] = (
     (r".*(norm|conv\d|query|key|value|out|up|down|hidden)/(scale|bias)", None),
@@ -27,10 +29,13 @@ TABLE: tuple[tuple[str, int | None], ...] = (
 )
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
+def make_mesh(devices: int | None = None, cut_over: int | None = None) -> Mesh:
     """A mesh of the first `devices` devices of all hosts; None takes all.
 
     Auto axes: cuDNN attention is not supported under Explicit ones, `make_mesh`'s default.
+
+    Args:
+      cut_over: neighbouring devices over which a copy of weights and moments is cut; None: all.
     """
     there = jax.devices()
     if devices is not None and not 1 <= devices <= len(there):
@@ -39,7 +44,14 @@ def make_mesh(devices: int | None = None) -> Mesh:
             f"JAX sees {len(there)} ({there[0].device_kind})",
             "give fewer, or None for all",
         )
-    return Mesh(np.asarray(there[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
+    taken = np.asarray(there[:devices])
+    if cut_over is not None and (cut_over < 1 or taken.size % cut_over):
+        raise UserError(
+            f"compute.cut_over = {cut_over} does not divide {taken.size} devices",
+            "each copy of the weights is cut over so many",
+            "give a divisor, 1 for whole weights on each device, or None for one copy",
+        )
+    return _mesh(taken.reshape(-1, cut_over or taken.size))
 
 
 def local_mesh(mesh: Mesh | None = None) -> Mesh:
@@ -47,12 +59,16 @@ def local_mesh(mesh: Mesh | None = None) -> Mesh:
     there = jax.local_devices()
     if mesh is not None:
         there = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    return Mesh(np.asarray(there), (AXIS,), axis_types=(AxisType.Auto,))
+    return _mesh(np.asarray(there).reshape(1, -1))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, (COPIES, CUT), axis_types=(AxisType.Auto,) * 2)
 
 
 def rows(mesh: Mesh) -> NamedSharding:
     """Of a batch: rows over the devices."""
-    return NamedSharding(mesh, PartitionSpec(AXIS))
+    return NamedSharding(mesh, ROWS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -70,9 +86,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     def of(path: Any, leaf: Any) -> NamedSharding:
         name = parameter_path(path)
         axis = look_up(TABLE, name) if name else None
-        if axis is None or leaf.shape[axis] % mesh.size:
+        if axis is None or leaf.shape[axis] % mesh.shape[CUT]:
             return replicated(mesh)
-        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, AXIS))
+        return NamedSharding(mesh, PartitionSpec(*(None,) * axis, CUT))
 
     return jax.tree_util.tree_map_with_path(of, tree)
 

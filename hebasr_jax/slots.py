@@ -25,7 +25,7 @@ from hebasr_jax.features import log_mel
 from hebasr_jax.generate import Choice, Slots, decode, empty_slots, fill
 from hebasr_jax.model.asr import Inputs, Params, bind
 from hebasr_jax.model.layers import Compute
-from hebasr_jax.sharding import AXIS, rows
+from hebasr_jax.sharding import ROWS, rows
 from hebasr_jax.text import Prompt
 
 _SHORTEST_S = 4  # shorter clips share the slots of this class
@@ -393,7 +393,7 @@ def _on_each_device(
     return jax.shard_map(
         function,
         mesh=program.mesh,
-        in_specs=(PartitionSpec(),) * whole + (PartitionSpec(AXIS),) * cut,
-        out_specs=PartitionSpec(AXIS),
+        in_specs=(PartitionSpec(),) * whole + (ROWS,) * cut,
+        out_specs=ROWS,
         check_vma=False,
     )

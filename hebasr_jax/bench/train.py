@@ -20,22 +20,24 @@ from hebasr_jax.bench.figures import (
     spread,
 )
 from hebasr_jax.bench.shards import drop_from_cache, mix_config, write_mix
+from hebasr_jax.bench.trace import collective_times
 from hebasr_jax.checkpoint import CheckpointStore
 from hebasr_jax.config import ModelConfig
 from hebasr_jax.data.pipeline import stream
+from hebasr_jax.distributed import place_whole
 from hebasr_jax.model.asr import init_params
 from hebasr_jax.optim import make_optimizer, split, split_shapes
 from hebasr_jax.run_config import Computation, Config, Stage
 from hebasr_jax.run_folder import StopSignal
 from hebasr_jax.run_setup import Setup, compile_steps, set_up, step_compute
 from hebasr_jax.running import Run, Trainee, tell_pending
-from hebasr_jax.sharding import make_mesh, rows, shardings
+from hebasr_jax.sharding import CUT, local_mesh, make_mesh, rows, shardings
 from hebasr_jax.step_memory import compiled_bytes
 from hebasr_jax.throughput import Window, Work, peak_bytes, work_of
 from hebasr_jax.train import one_step
 from hebasr_jax.train_step import Step, TrainState, compile_step, init_state, micro_loss
 
-_WARM_UP, _ORACLE_ROWS = 5, 4
+_WARM_UP, _TRACED, _ORACLE_ROWS = 5, 3, 4
 _GIB = 2**30
 
 
@@ -58,14 +60,20 @@ class Settings:
 
 def fixed(settings: Settings) -> Row:
     """The full step on the fixed work, again and again on one batch."""
-    optimizer, mesh = _optimizer(settings), make_mesh(settings.compute.devices)
-    config = Config(compute=settings.compute)
+    compute = settings.compute
+    optimizer, mesh = _optimizer(settings), make_mesh(compute.devices, compute.cut_over)
     step = Step(
-        settings.model, step_compute(config), work.AUGMENT, optimizer, mesh, audio_s=work.CLIP_S
+        settings.model,
+        step_compute(Config(compute=compute)),
+        work.AUGMENT,
+        optimizer,
+        mesh,
+        audio_s=work.CLIP_S,
+        gather=compute.gather,
     )
     state = random_state(settings.model, Stage(), optimizer, mesh)
     host = work.full_batch(settings.model, settings.rows * mesh.size)
-    batch = jax.device_put(host, rows(mesh))
+    batch = jax.tree.map(lambda x: place_whole(x, rows(mesh)), host)
     start = time.perf_counter()
     program = compile_step(step, state, batch, None)
     compiled_s = time.perf_counter() - start
@@ -85,10 +93,20 @@ def fixed(settings: Settings) -> Row:
     jax.block_until_ready(told)
     step_s = (time.perf_counter() - start) / settings.steps
     done = work_of(host, work.CLIP_S, settings.model)
+
+    def few() -> Any:
+        nonlocal state
+        for _ in range(_TRACED):
+            state, told = program(state, batch, None)
+        return told
+
     return {
         "work": f"{settings.rows} x {work.CLIP_S} s on each of {mesh.size}",
+        "weights": f"cut over {mesh.shape[CUT]}, gathered once a {compute.gather}",
+        "processes": jax.process_count(),
         **_speeds(done, step_s, mesh.size),
         **spread(taken_s),
+        **(collective_times(few, _TRACED) if mesh.size > 1 else {}),
         **_padding(done),
         "compiler GiB": compiled_bytes(program.memory_analysis()) / _GIB,
         "peak so far GiB": (peak_bytes() or 0) / _GIB,
@@ -100,7 +118,7 @@ def fixed(settings: Settings) -> Row:
 
 def against_plain_attention(settings: Settings) -> Row:
     """The loss of a few rows, by the run's attention and by XLA's: they agree within 1e-2."""
-    mesh = make_mesh(1)
+    mesh = local_mesh()
     compute = step_compute(Config(compute=settings.compute))
     batch = work.full_batch(settings.model, _ORACLE_ROWS)
     trained, frozen = split(init_params(settings.model, jax.random.key(0)), Stage())
