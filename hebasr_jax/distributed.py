@@ -12,16 +12,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hebasr_jax.errors import UserError
 
+MEMORY_SHARE = "0.93"  # of each GPU; JAX's own 0.75 leaves 20 GB of an 80-GB card unused
 START_TIMEOUT_S = 1800  # a large job's nodes come up minutes apart
 
 
 def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Joins the hosts of a run. Call it before anything else touches JAX.
+    """Joins the hosts of a run and takes the GPUs' memory. Call it before JAX sees a device.
 
     Args:
       coordinator: host:port of process 0, and the two numbers; all None: from Slurm when the job
         has more than one task, else a run of one process.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY_SHARE)
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
         raise UserError(

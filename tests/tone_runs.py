@@ -137,20 +137,23 @@ def start(
     config: str | Path = "config.py",
     meddle: dict[str, Any] | None = None,
     devices: int = 1,
+    platform: str = "cpu",
     **options,
 ) -> subprocess.Popen:
     """`hebasr train --config config.py` and further words, in a process of its own.
 
     Args:
+      platform: of JAX; "cuda" takes every GPU there is, `devices` counts on a CPU only.
       meddle: what tests/meddled.py does to it; None: nothing, the command as a user gives it.
     """
     program = ["-m", "hebasr_jax"] if meddle is None else [TESTS / "meddled.py", json.dumps(meddle)]
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
+    flags = flags if platform == "cpu" else os.environ.get("XLA_FLAGS", "")
     paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *map(str, program), "train", "--config", str(config), *words],
         cwd=workspace,
-        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": platform, "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
