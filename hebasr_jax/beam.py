@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from hebasr_jax.generate import is_end
 from hebasr_jax.model.asr import Asr, Inputs
 from hebasr_jax.model.attention import attend_cache
 
@@ -157,7 +158,7 @@ def _continue(asr: Asr, search: _Search, end_ids: tuple[int, ...]) -> _Candidate
         logprobs_BC=logprobs_BC,
         parents_BC=index_BC // token_BWC.shape[2],
         tokens_BC=tokens_BC,
-        ends_BC=jnp.isin(tokens_BC, jnp.asarray(end_ids, jnp.int32)),
+        ends_BC=is_end(tokens_BC, end_ids),
     )
 
 

@@ -124,7 +124,7 @@ def fill(
         zeros_M = jnp.zeros_like(prompt_M)
         token_M, logprob_M = _choose(asr, last_M1D, choice, zeros_M, sample)
     assert kept is not None
-    ends_M = jnp.isin(token_M, jnp.asarray(end_ids, jnp.int32))
+    ends_M = is_end(token_M, end_ids)
     some_M = budget_M > 0
     kept_M = some_M & ~ends_M
     first_G = jnp.arange(slots.tokens_RG.shape[1]) == 0
@@ -170,7 +170,7 @@ def decode(
             asr, layers, slots.token_R, position_R, written_R, slots.caches
         )
         token_R, logprob_R = _choose(asr, hidden_R1D, slots.choice, slots.length_R, sample)
-        ends_R = jnp.isin(token_R, jnp.asarray(end_ids, jnp.int32))
+        ends_R = is_end(token_R, end_ids)
         kept_R = slots.running_R & ~ends_R
         newest_RG = (jnp.arange(budget) == slots.length_R[:, None]) & kept_R[:, None]
         length_R = slots.length_R + kept_R
@@ -187,6 +187,18 @@ def decode(
 
     with jax.named_scope("decode"):
         return jax.lax.while_loop(lambda slots: jnp.sum(slots.running_R) > leave, body, slots)
+
+
+def is_end(tokens: Int[Array, "..."], end_ids: tuple[int, ...]) -> Bool[Array, "..."]:
+    """Which tokens are one of these, of which there may be none.
+
+    Without an array of them: handed to each device and, being empty, not used, it crashed XLA's
+    compiler on several GPUs (Shardy's ManualComputationUnusedInputsPattern, jax 0.11.2).
+    """
+    ends = jnp.zeros(tokens.shape, bool)
+    for end in end_ids:
+        ends |= tokens == end
+    return ends
 
 
 def generate(

@@ -23,7 +23,7 @@ from hebasr_jax.beam import Beams, generate_beam
 from hebasr_jax.config import CHUNK_TOKENS, ModelConfig
 from hebasr_jax.features import log_mel
 from hebasr_jax.generate import Choice, Slots, decode, empty_slots, fill
-from hebasr_jax.model.asr import Inputs, Params, abstract_params, bind
+from hebasr_jax.model.asr import Inputs, Params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.sharding import ROWS, rows
 from hebasr_jax.text import Prompt
@@ -351,12 +351,11 @@ def _decoder(platform: str) -> Any:
 
 
 def _decode_slots(params: Params, slots: Slots, leave: Any, program: _Program) -> Slots:
-    def on_one(decoder: Params, leave: Any, slots: Slots) -> Slots:
-        params = abstract_params(program.config) | {"decoder": decoder}
+    def on_one(params: Params, leave: Any, slots: Slots) -> Slots:
         asr = bind(params, program.config, program.compute)
         return decode(asr, slots, leave, end_ids=program.end_ids, sample=program.sample)
 
-    return _on_each_device(on_one, program, whole=2, cut=1)(params["decoder"], leave, slots)
+    return _on_each_device(on_one, program, whole=2, cut=1)(params, leave, slots)
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
@@ -374,8 +373,7 @@ def _search(
             max_new_tokens=most_tokens,
         )
 
-    unchosen = replace(entries, choice=Choice(None, None))
-    return _on_each_device(on_one, program, whole=1, cut=1)(params, unchosen)
+    return _on_each_device(on_one, program, whole=1, cut=1)(params, entries)
 
 
 def _inputs(entries: _Entries, program: _Program) -> Inputs:
@@ -391,11 +389,7 @@ def _inputs(entries: _Entries, program: _Program) -> Inputs:
 def _on_each_device(
     function: Callable[..., Any], program: _Program, whole: int = 0, cut: int = 0
 ) -> Callable[..., Any]:
-    """The function on each device's own rows; its first arguments are whole on all devices.
-
-    It must use every array that it is handed: on several GPUs XLA's compiler crashes where it does
-    not (Shardy's ManualComputationUnusedInputsPattern in jax 0.11.2).
-    """
+    """The function on each device's own rows; its first arguments are whole on all devices."""
     return jax.shard_map(
         function,
         mesh=program.mesh,

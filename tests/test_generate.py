@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import load_ours, load_torch, make_inputs, noise, tiny_folder, torch_inputs
 
-from hebasr_jax.generate import Slots, generate
+from hebasr_jax.generate import Slots, generate, is_end
 from hebasr_jax.model.asr import bind
 from hebasr_jax.model.layers import Compute
 
@@ -157,3 +157,12 @@ def test_an_end_token_within_the_budget_counts_as_finished(ours, batch, greedy) 
         out = _generate(ours[0], batch, jnp.full(4, budget), end_ids=(end,))
         assert _rows(out)[2] == greedy[2][:first]
         assert bool(out.finished_R[2]) == finished
+
+
+@pytest.mark.parametrize("end_ids", [(), (3,), (3, 7)])
+def test_ends_are_found_without_an_array_of_them(end_ids) -> None:
+    """An array that is handed to each device and not used crashes the compiler for several GPUs."""
+    tokens = jnp.arange(9)
+    found = is_end(tokens, end_ids)
+    assert np.flatnonzero(found).tolist() == list(end_ids)
+    assert not jax.make_jaxpr(lambda t: is_end(t, end_ids))(tokens).consts
