@@ -4,7 +4,6 @@ Speakers and phrases of dev and test are never in training. The split, the phras
 follow from the seed alone; eSpeak's samples are the same on one machine and nearly so elsewhere.
 """
 
-import ctypes
 import importlib.util
 import json
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hebasr_jax.audio import SAMPLE_RATE
+from hebasr_jax.data.espeak import VARIANTS, Saying, say
 from hebasr_jax.errors import UserError
 
 Kind = Literal["espeak", "tones"]
@@ -46,14 +46,6 @@ ADVERBS = _lexicon("""
     היום haj'om  עכשיו aXS'av  בבית bab'ajit  כאן k'an  תמיד tam'id  בחוץ baX'uts""")
 WORDS = NOUNS | ADJECTIVES | VERBS | ADVERBS
 
-# Voice variants of eSpeak NG 1.52 that speak clearly (not kaukovalta: first formant at 40 %).
-_VOICES = (
-    *("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5"),
-    *("Denis", "Gene", "Gene2", "Lee", "Mario", "Michael", "adam", "announcer", "aunty"),
-    *("belinda", "benjamin", "boris", "david", "ed", "edward", "edward2", "grandma"),
-    *("john", "linda", "max", "michel", "norbert", "pablo", "paul", "quincy"),
-    *("rob", "robert", "sandro", "shelby", "travis", "victor"),
-)
 _SPLITS = ("train", "dev", "test")
 _VOICE_SHARES = (0.74, 0.09, 0.17)
 _PHRASE_SHARES = (0.8, 0.05, 0.15)
@@ -134,7 +126,7 @@ def make_corpus(
 def draw_utterances(seed: int, clips: Sequence[int]) -> dict[str, list[Utterance]]:
     """Speakers and phrases of each split, and `clips` utterances of them."""
     rng = np.random.default_rng(seed)
-    voices = _cut(rng, _VOICES, _VOICE_SHARES)
+    voices = _cut(rng, VARIANTS, _VOICE_SHARES)
     words, *longer = phrases()
     pools = [[words, [], []], *(_cut(rng, every, _PHRASE_SHARES) for every in longer)]
     plan: dict[str, list[Utterance]] = {}
@@ -233,60 +225,27 @@ def _play(utterance: Utterance) -> Sound:
     return np.concatenate(parts), starts_s
 
 
-class _Event(ctypes.Structure):
-    """espeak_EVENT of speak_lib.h."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("unique_identifier", ctypes.c_uint),
-        ("text_position", ctypes.c_int),
-        ("length", ctypes.c_int),
-        ("audio_position_ms", ctypes.c_int),
-        ("sample", ctypes.c_int),
-        ("user_data", ctypes.c_void_p),
-        ("name", ctypes.c_char * 8),
-    )
-
-
 def _speak(utterances: Sequence[Utterance]) -> Iterable[Sound]:
-    """eSpeak NG by its C interface: one per process, since all of its state is global."""
-    import espeakng_loader
+    """Each utterance by eSpeak NG, in a process where nothing else was said."""
     import soxr
 
-    end_of_list, word_start = 0, 1  # espeak_EVENT_TYPE
-    synchronous, rate, volume, pitch = 2, 1, 2, 3  # espeak_AUDIO_OUTPUT, espeak_PARAMETER
-    utf8_phonemes = 0x1 | 0x100  # espeakCHARS_UTF8 | espeakPHONEMES: [[...]] is phonemes
-    espeak = ctypes.CDLL(espeakng_loader.get_library_path())
-    parts: list[np.ndarray] = []
-    starts: list[int] = []
+    sayings = map(_saying, utterances)
+    for utterance, said in zip(utterances, say(sayings), strict=True):
+        wave = np.frombuffer(said.pcm, np.int16).astype(np.float32)
+        played_hz = said.rate_hz * utterance.speaker.tract  # faster: all resonances are higher
+        yield (
+            soxr.resample(wave, played_hz, SAMPLE_RATE),
+            [start / played_hz for start in said.starts],
+        )
 
-    @ctypes.CFUNCTYPE(
-        ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+
+def _saying(utterance: Utterance) -> Saying:
+    speaker, rng = utterance.speaker, np.random.default_rng((utterance.seed, 0))
+    return Saying(
+        text=f"[[{' '.join(WORDS[word] for word in utterance.words)}]]",
+        voice=f"he+{speaker.voice}",
+        rate=round(170 * speaker.rate * rng.uniform(0.93, 1.07)),
+        pitch=round(50 * speaker.pitch * rng.uniform(0.9, 1.1)),
+        seed=utterance.seed,
+        phonemes=True,
     )
-    def take(samples: Any, count: int, events: Any) -> int:
-        if samples and count:
-            parts.append(np.ctypeslib.as_array(samples, (count,)).copy())
-        index = 0
-        while events[index].type != end_of_list:
-            if events[index].type == word_start:
-                starts.append(events[index].sample)
-            index += 1
-        return 0
-
-    data = espeakng_loader.get_data_path().encode()
-    rate_hz = espeak.espeak_Initialize(synchronous, 0, data, 0)
-    espeak.espeak_SetSynthCallback(take)
-    espeak.espeak_SetParameter(volume, 60, 0)
-    for utterance in utterances:
-        speaker, rng = utterance.speaker, np.random.default_rng((utterance.seed, 0))
-        parts.clear()
-        starts.clear()
-        espeak.espeak_ng_SetRandSeed(ctypes.c_long(utterance.seed))
-        espeak.espeak_SetVoiceByName(f"he+{speaker.voice}".encode())
-        espeak.espeak_SetParameter(rate, round(170 * speaker.rate * rng.uniform(0.93, 1.07)), 0)
-        espeak.espeak_SetParameter(pitch, round(50 * speaker.pitch * rng.uniform(0.9, 1.1)), 0)
-        text = f"[[{' '.join(WORDS[word] for word in utterance.words)}]]".encode()
-        espeak.espeak_Synth(text, len(text) + 1, 0, 1, 0, utf8_phonemes, None, None)
-        wave = np.concatenate(parts).astype(np.float32)
-        played_hz = rate_hz * speaker.tract  # played faster, all resonances are higher
-        yield soxr.resample(wave, played_hz, SAMPLE_RATE), [s / played_hz for s in starts]
