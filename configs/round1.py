@@ -7,6 +7,8 @@ float32, and the encoder keeps its 8-second windows in training.
 python scripts/train.py --config configs/round1.py --dry-run
 """
 
+from dataclasses import replace
+
 from hebasr_jax.run_config import (
     Config,
     Data,
@@ -31,10 +33,52 @@ _SCHEMAS = {
 }
 
 
-def ivrit(name: str, hub: str, part: str = "train") -> Source:
-    """Shards made from a gated ivrit.ai set by `hebasr prepare --config` of this file."""
-    path = f"data/{hub.split('/')[1]}/{part}"
-    return Source(name, path, hub=hub, licence=_IVRIT, schema=_SCHEMAS[hub])
+PANEL = "data/panel"  # made by `hebasr panel --config` of a recipe, after `hebasr prepare`
+
+
+def ivrit(name: str, hub: str) -> Source:
+    """Shards made from a gated ivrit.ai set by `hebasr prepare --config` of this file, without
+    what the dev panel holds out of it."""
+    schema = _SCHEMAS[hub]
+    without = (f"{PANEL}/{schema}/not_for_training.jsonl",)
+    path = f"data/{hub.split('/')[1]}/train"
+    return Source(name, path, hub=hub, licence=_IVRIT, schema=schema, without=without)
+
+
+def held_out(source: Source, name: str) -> Source:
+    """Clips that the panel holds out of a training set: whole speakers or recordings."""
+    return replace(source, name=name, without=(), only=f"{PANEL}/{source.schema}/dev.jsonl")
+
+
+def panel() -> tuple[Source, ...]:
+    """A dev set for each kind of test set. Checkpoints have the lowest mean WER over them."""
+    crowd = "ivrit-ai/crowd-transcribe-v5"
+    recital = ivrit("crowd-recital", "ivrit-ai/crowd-recital-whisper-training")
+    knesset = ivrit("knesset", "ivrit-ai/knesset-plenums-whisper-training")
+    voice = "mozilla-foundation/common_voice_17_0"
+    kan = Source("kan", "data/kan/train", hub="imvladikon/hebrew_speech_kan", schema="kan")
+    return (
+        Source("podcasts", f"{PANEL}/podcasts/dev_long.jsonl", hub=crowd, licence=_IVRIT),
+        Source("voice-notes", f"{PANEL}/voice-notes/dev_long.jsonl", hub=crowd, licence=_IVRIT),
+        held_out(recital, "recital-dev"),
+        held_out(knesset, "knesset-dev"),
+        Source(
+            "fleurs-dev",
+            "data/fleurs/validation",
+            split="validation",
+            hub="google/fleurs",
+            schema="fleurs",
+        ),
+        Source(
+            "common-voice-dev",
+            "data/common_voice_17_0/validation",
+            split="validation",
+            hub=voice,
+            schema="common-voice",
+        ),
+        # No licence is stated; it is scored, and nothing is trained on it.
+        replace(held_out(kan, "kan-dev"), accept_licence=True),
+    )
 
 
 def get_config() -> Config:
@@ -49,11 +93,7 @@ def get_config() -> Config:
                 ivrit("crowd-transcribe", "ivrit-ai/crowd-transcribe-v5"),
                 ivrit("crowd-recital", "ivrit-ai/crowd-recital-whisper-training"),
             ),
-            # Whole recordings, never a random share of clips: those leak speakers and neighbours.
-            dev=(
-                ivrit("crowd-transcribe-dev", "ivrit-ai/crowd-transcribe-v5", "dev"),
-                ivrit("crowd-recital-dev", "ivrit-ai/crowd-recital-whisper-training", "dev"),
-            ),
+            dev=panel(),
             batch_clips=128,  # 32 on a device x 4 accumulated, whatever the number of devices
             buckets=8,  # the script pads to the longest of each batch; here shapes are few
             threads=16,

@@ -43,7 +43,7 @@ def get_config() -> Config:
             config.data,
             train=(normalised(ivrit("knesset", KNESSET)),),
             # Checkpoints are chosen on talk as well as on parliament, whose protocol is edited.
-            dev=tuple(map(normalised, (*config.data.dev, ivrit("knesset-dev", KNESSET, "dev")))),
+            dev=tuple(map(normalised, config.data.dev)),
             batch_clips=32,
             max_text_tokens=768,  # source: 448 of Whisper; here 30 s, stamps and 224 tokens before
         ),

@@ -30,7 +30,7 @@ from hebasr_jax.trained import load_trained
 from hebasr_jax.weights import load_params
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SETS = {"round1": (2, 2), "round2": (2, 2), "round2_5": (3, 2)}
+SETS = {"round1": (2, 7), "round2": (2, 7), "round2_5": (3, 7)}
 MEMBER, SCORE, SEND = (
     f"hebasr_jax.{name}" for name in ("finish.load_trained", "finish._score", "upload._send")
 )
@@ -51,6 +51,8 @@ def local(config: str, name: str, cache: Path) -> list[str]:
         "model.path=tiny",
         *(f"data.train.{n}.path=corpus/train.jsonl" for n in range(train)),
         *(f"data.dev.{n}.path=corpus/dev.jsonl" for n in range(dev)),
+        *(f"data.train.{n}.without=" for n in range(train)),
+        *(f"data.dev.{n}.{part}=None" for n in range(dev) for part in ("only", "split")),
         "data.batch_clips=8",
         "data.buckets=1",
         "data.min_clip_s=0.1",

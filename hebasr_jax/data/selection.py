@@ -10,30 +10,40 @@ from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Source
 
 _ROUNDING = 1e-6  # scores may be stored as float32
+_MOST_ABSENT = 0.1  # of the ids of `only`
 
 
 @dataclass(frozen=True)
 class Selection:
-    """without: the reason for each id that is left out. only: ids that alone stay; None: all."""
+    """without: the reason for each id that is left out. only: ids that alone stay; None: all.
+
+    lists: the ids of each file that was read. met: ids of all clips that were checked so far.
+    """
 
     without: dict[str, str] = field(default_factory=dict)
     only: frozenset[str] | None = None
     min_quality: float | None = None
+    lists: dict[str, frozenset[str]] = field(default_factory=dict)
+    met: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, source: Source) -> "Selection":
         """Reads the lists that a source names. Raises UserError for a file that is no such list."""
         without: dict[str, str] = {}
+        lists: dict[str, frozenset[str]] = {}
         for name in source.without:
-            for clip_id, reason in _list(name):
+            reasons = dict(_list(name))
+            lists[name] = frozenset(reasons)
+            for clip_id, reason in reasons.items():
                 without.setdefault(clip_id, reason or "is on a list of clips to leave out")
         only = None
         if source.only is not None:
-            only = frozenset(clip_id for clip_id, _ in _list(source.only))
-        return cls(without, only, source.min_quality)
+            only = lists[source.only] = frozenset(clip_id for clip_id, _ in _list(source.only))
+        return cls(without, only, source.min_quality, lists)
 
     def check(self, clip: Clip) -> None:
         """Raises `Removed` for a clip that is not wanted."""
+        self.met.add(clip.id)
         if clip.id in self.without:
             raise Removed(clip.id, self.without[clip.id])
         if self.only is not None and clip.id not in self.only:
@@ -45,6 +55,27 @@ class Selection:
         if clip.quality < self.min_quality - _ROUNDING:
             raise Removed(clip.id, f"has a quality below {self.min_quality:g}")
 
+    def absent(self, bad: int) -> list[str]:
+        """A line for each list with ids that no clip has, once all clips of a set were checked.
+
+        Raises UserError where a tenth of the ids of `only` are absent, besides so many as there
+        are bad rows, whose ids may not be known: then it is a list of another set, or of rows that
+        have gone since. One of `without` may be of several sets.
+        """
+        told = []
+        for name, ids in self.lists.items():
+            lacking = ids - self.met
+            if ids == self.only and len(lacking) - bad > _MOST_ABSENT * len(ids):
+                raise UserError(
+                    f"{name}: {len(lacking):,} of its {len(ids):,} ids are not in the set",
+                    f"such as {min(lacking)!r}",
+                    "Name the list that was made of this set, or make it anew "
+                    "(`hebasr panel`, `hebasr split`).",
+                )
+            if lacking:
+                told.append(f"{len(lacking):,} of {len(ids):,} ids of {name} are not in the set")
+        return told
+
 
 def _list(name: str) -> Iterator[tuple[str, str]]:
     """The id and the reason ("" where there is none) in each line of a JSONL file."""
@@ -52,6 +83,7 @@ def _list(name: str) -> Iterator[tuple[str, str]]:
     try:
         lines = Path(name).expanduser().read_bytes().splitlines()
     except OSError as error:
+        do = "If it is a list of the dev panel, `hebasr panel --config FILE` makes it. " + do
         raise UserError(f"{name}: cannot be read", error.strerror or "", do) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -5,7 +5,7 @@ A split is two lists of ids, which a config names as `Source.only` and `Source.w
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,13 @@ class Split:
 
 
 def hold_out(
-    clips: Sequence[Clip], by: Sequence[str], hours: float, *, seed: int = 0, barred: Sequence[str]
+    clips: Sequence[Clip],
+    by: Sequence[str],
+    hours: float,
+    *,
+    seed: int = 0,
+    barred: Sequence[str],
+    or_shortest: bool = False,
 ) -> Split:
     """Whole groups, in an order drawn from their names and the seed, until the hours are reached.
 
@@ -48,6 +54,7 @@ def hold_out(
       by: fields of `FIELDS`; clips that share one of them, directly or by way of others, are one
         group.
       barred: ids that are on neither side, such as those that overlap a test set.
+      or_shortest: where each group is too long, the shortest is held out.
 
     Raises:
       UserError: where no clip has such a field, or each group is too long.
@@ -75,6 +82,8 @@ def hold_out(
         if lengths_s[group] and found_s + lengths_s[group] <= _MOST * wanted_s:
             chosen.append(group)
             found_s += lengths_s[group]
+    if not chosen and or_shortest and any(lengths_s.values()):
+        chosen = [min(filter(lengths_s.get, lengths_s), key=lambda g: (lengths_s[g], names[g]))]
     if not chosen:
         raise UserError(
             f"nothing was held out: {hours:g} h are too little",
@@ -156,12 +165,22 @@ def stitch(clip_set: ClipSet, indices: Sequence[int], length_s: float) -> Iterat
 
 
 def write_long(
-    folder: Path, clip_set: ClipSet, indices: Sequence[int], length_s: float
+    folder: Path,
+    clip_set: ClipSet,
+    indices: Sequence[int],
+    length_s: float,
+    *,
+    channel: Callable[[np.ndarray], np.ndarray] = lambda wave_S: wave_S,
+    advance: Callable[[float], None] = lambda audio_s: None,
 ) -> list[dict[str, Any]]:
     """Long recordings of held-out clips with a third of a second of silence between: a dev set
     like eval-d1, whose rows are some seven minutes long. FLAC files and `dev_long.jsonl`.
 
     A clip that cannot be read is left out with its text. Returns the manifest's rows.
+
+    Args:
+      channel: what int16 [S] samples at 16 kHz go through before they are written.
+      advance: is told the seconds of each recording that was written.
     """
     import soundfile
 
@@ -177,7 +196,7 @@ def write_long(
             texts.append(clip_set.clips[index].text.strip())
         if not waves:
             continue
-        wave, name = np.concatenate(waves[:-1]), f"long/{len(rows):04d}.flac"
+        wave, name = channel(np.concatenate(waves[:-1])), f"long/{len(rows):04d}.flac"
         soundfile.write(folder / name, wave, SAMPLE_RATE, subtype="PCM_16")
         first = clip_set.clips[piece[0]]
         rows.append(
@@ -190,6 +209,7 @@ def write_long(
                 "source": first.source,
             }
         )
+        advance(len(wave) / SAMPLE_RATE)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_synced(folder / "dev_long.jsonl", "".join(lines).encode())
     return rows
