@@ -1,6 +1,5 @@
 """The command `audit`: its flags, and what it tells. Light to import: see `data/audit.py`."""
 
-import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from hebasr_jax.data.prepare_command import progress
 from hebasr_jax.errors import UserError
+from hebasr_jax.hypotheses import read_texts
 from hebasr_jax.run_config import Columns, Source
 
 _STOP = 3
@@ -56,7 +56,7 @@ class Audit:
 
         if self.sample < 1 or self.threads < 1 or self.seed < 0:
             raise UserError("--sample and --threads must be positive, --seed not negative")
-        second = read_second(self.second) if self.second else None
+        second = read_texts(self.second) if self.second else None
         stop = False
         for folder, source in self._sources().items():
             clip_set = open_source(source)
@@ -106,30 +106,6 @@ class Audit:
         if not folders:
             raise UserError(f"{self.config}: has no set in data.train or data.dev")
         return folders
-
-
-def read_second(path: Path) -> dict[str, str]:
-    """A transcript by clip id, of JSONL lines {"id", "text"}. Raises UserError."""
-    do = 'Each line is a JSON object such as {"id": "7", "text": "..."}.'
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read", error.strerror or "", do) from error
-    texts: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            clip_id, text = row["id"], row["text"]
-            if not isinstance(clip_id, str | int) or not isinstance(text, str):
-                raise ValueError("id or text is no string")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: is no transcript", repr(error)[:100], do) from error
-        texts[str(clip_id)] = text
-    if not texts:
-        raise UserError(f"{path}: has no transcript", "", do)
-    return texts
 
 
 def _say(line: str) -> None:

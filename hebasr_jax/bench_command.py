@@ -29,6 +29,7 @@ _READ: dict[str, set[str]] = {  # flags that each measurement reads besides
     "generate": {"work", "slots", "tokens", "minutes", "attention", "peer", "dtype"},
     "features": {"rows", "steps"},
     "data": {"threads", "audio_s"},
+    "prepare": {"audio_s", "jobs", "source"},
 }  # fmt: skip
 
 
@@ -38,14 +39,14 @@ class Bench:
 
     train: the whole step on clips of 30 s, and on a mix of lengths from shards on disk.
     generate: decoding with forced lengths, and a long file. features: they and each
-    augmentation alone. data: shards to batches, no device.
+    augmentation alone. data: shards to batches, no device. prepare: MP3 clips to shards.
     """
 
     what: Annotated[
-        tyro.conf.Positional[Literal["train", "generate", "features", "data"]],
+        tyro.conf.Positional[Literal["train", "generate", "features", "data", "prepare"]],
         tyro.conf.arg(metavar="WHAT"),
     ]
-    """train, generate, features or data"""
+    """train, generate, features, data or prepare"""
     size: Literal["1.7b", "0.6b", "tiny"] = "1.7b"
     """of the model"""
     json: bool = False
@@ -91,7 +92,11 @@ class Bench:
     threads: int = 16
     """that read shards in `data`"""
     audio_s: float = 60_000.0
-    """seconds of audio that `data` writes and reads"""
+    """seconds of audio that `data` writes and reads, and that `prepare` makes shards of"""
+    jobs: tuple[int, ...] = ()
+    """processes that make shards in `prepare`, one run each; 1 and one for each core by default"""
+    source: Path | None = None
+    """folder of audio files whose sound the clips of `prepare` have; noise by default"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of computing"""
 
@@ -130,6 +135,8 @@ class Bench:
         for name in ("rows", "steps", "buckets", "mix_audio_s", "tokens", "threads", "audio_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} must be positive")
+        if min(self.jobs, default=1) < 1:
+            raise UserError("--jobs must be positive")
         if self.tokens < 3 or min(self.slots, default=0) < 1 or self.minutes < 0.1:
             raise UserError("--tokens must be 3 or more, --slots 1 or more, --minutes 0.1 or more")
         if not 0 <= self.join_share <= 1:
@@ -174,6 +181,10 @@ class Bench:
             from hebasr_jax.bench.features import by_part
 
             yield from by_part(model_of(self.size), self.rows, self.steps)
+        elif self.what == "prepare":
+            from hebasr_jax.bench.prepare import shards_made
+
+            yield from shards_made(folder, self.audio_s, self.jobs, self.source, _say)
         else:
             from hebasr_jax.bench.data import fed
 

@@ -48,7 +48,8 @@ def write_card(folder: Path, run: Path, facts: Facts) -> None:
       facts: JSON of the final phase, each part optional: step, chosen, members {name: weight},
         candidates [{name, loss, wer}], scores {"dev" and "test": {set: scores}}, layout,
         base_model, base_revision, licence (of the weights), repo (hub id that the card will be
-        at), data {set: {path, hub, revision, licence, hours, clips}}. Scores: as `validate`'s.
+        at), data {set: {path, hub, revision, licence, hours, clips, synthetic,
+        labels}}. Scores: as `validate`'s.
 
     Raises:
       UserError: there is no such folder, or it cannot be written to.
@@ -209,6 +210,11 @@ def _data(facts: Facts, plan: Facts, bad: int) -> str:
         cells += [shown(row.get(key) or "unknown") for key in ("revision", "licence")]
         cells += [number(value) for value in (row.get("hours"), clips)]
         rows.append((shown(name), *cells, draws.get("uses") or "unknown"))
+        if row.get("synthetic"):
+            made = f"{number(row['synthetic'])} of the {number(clips)} clips of {shown(name)}"
+            warnings.append(f"- **Warning:** {made} are synthetic speech, which no person spoke.")
+        if row.get("labels"):
+            warnings.append(f"- **Warning:** texts of {shown(name)} are by {shown(row['labels'])}.")
         missing = [key for key in ("licence", "revision") if not row.get(key)]
         if missing:
             kinds = " and ".join(missing)

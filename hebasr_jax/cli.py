@@ -22,6 +22,7 @@ from hebasr_jax.config import Layout
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.errors import UserError
 from hebasr_jax.evaluate_command import Evaluate
+from hebasr_jax.panel_command import Panel
 from hebasr_jax.split_command import Split
 from hebasr_jax.transcribe_command import Transcribe
 
@@ -158,6 +159,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": Evaluate,
     "convert": Convert,
     "split": Split,
+    "panel": Panel,
     "prepare": Prepare,
     "audit": Audit,
     "train": Train,

@@ -42,7 +42,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("data.join_gap_s", 0, 10),
     ("data.max_repeats", 0.01, math.inf),
     ("data.temperature", 1, math.inf),
-    ("data.max_bad_share", 0, 1),
+    ("data.max_*_share", 0, 1),
     ("data.threads", 1, 1024),
     ("data.prefetch_batches", 1, 1024),
     ("augment.speed_factors", 0.5, 2),

@@ -23,7 +23,7 @@ from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import Choice, compare, describe, finite
 from hebasr_jax.card import write_card
 from hebasr_jax.data.adapters import filled
-from hebasr_jax.data.clips import ClipSet
+from hebasr_jax.data.clips import ClipSet, synthetic_warnings
 from hebasr_jax.data.shards import read_origin
 from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import any_host, is_first, on_first, place_whole
@@ -132,7 +132,10 @@ def score_tests(run: Run, choice: Choice, key: str) -> dict[str, Any]:
       key: of the weights. Scores that are there for the same key and data are not made again.
     """
     found, left = {}, []
-    for clips in open_sources(run.setup.config.data.test):
+    tests = open_sources(run.setup.config.data.test)
+    for line in synthetic_warnings(tests):
+        run.say(f"warning: {line}")
+    for clips in tests:
         wanted = [key, _scoring_key(run.setup.config, [clips])]
         path = run.folder / "eval" / "test" / clips.name / "results.json"
         kept = read_json(path)
@@ -178,17 +181,28 @@ def _data(setup: Setup) -> dict[str, Any]:
         table = part.feed.table
         for info, first, last in zip(table.sets, table.first_S, table.first_S[1:], strict=False):
             source = sources[info.name]
-            commit = read_origin(Path(source.path).expanduser()).get("revision")
-            at = f"{commit}; " if commit else ""
+            origin = read_origin(Path(source.path).expanduser())
+            at = f"{commit}; " if (commit := origin.get("revision")) else ""
             rows[info.name] = {
                 "path": source.path,
                 "hub": source.hub,
                 "revision": f"{at}what was read has fingerprint {info.fingerprint[:16]}",
-                "licence": source.licence,
+                "licence": source.licence or origin.get("licence"),
                 "hours": float(table.samples_C[first:last].sum()) / SAMPLE_RATE / 3600,
                 "clips": info.clips,
+                "synthetic": info.synthetic,
+                "labels": _labels(origin),
             }
     return rows
+
+
+def _labels(origin: Mapping[str, Any]) -> str | None:
+    """Who wrote a set's texts, where models did."""
+    told = origin.get("pseudo_labels")
+    if not told:
+        return None
+    first, second = (Path(name).name if name.startswith("/") else name for name in told["by"])
+    return f"{first}, kept where {second} has at most {told['max_cer']:.0%} CER to it"
 
 
 def export_all(run: Run, choice: Choice, facts: dict[str, Any]) -> None:

@@ -1,13 +1,16 @@
 """The Hugging Face hub: find a model or a data set on disk, or fetch it pinned to one commit."""
 
+import hashlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Literal, TypeVar
 
 from hebasr_jax.errors import UserError
+
+Answer = TypeVar("Answer")
 
 _FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # a pickle is never asked for
 _WAITS_S = (0.5, 1.0)  # between attempts; huggingface_hub resumes and retries each file itself
@@ -34,12 +37,34 @@ class DatasetFiles:
     revision: str | None
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a data set on the hub: its path there, bytes, and sha256 (None: not told)."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """The parquet files of one split of a data set, at a commit of the hub."""
+
+    hub: str
+    revision: str
+    files: tuple[HubFile, ...]
+
+
 class NoAccess(UserError):
     """The hub refuses: a gated data set can be left out, with the remedy told."""
 
 
 class _NoRevision(UserError):
     pass
+
+
+class _Damaged(RuntimeError):
+    """What came is not what the hub says it has; a second attempt may mend it."""
 
 
 def find_model(
@@ -84,8 +109,8 @@ def find_dataset(
     if path.exists() or not is_hub_id(source):
         if not path.exists():
             raise UserError(f"{source}: no such file or folder", "", "Check the path.")
-        files = [path] if path.is_file() else _of_split(path, source, config, split)
-        files = files or _of_split(path, source, None, split)  # the folder of the config alone
+        files = [path] if path.is_file() else _in_folder(path, source, config, split)
+        files = files or _in_folder(path, source, None, split)  # the folder of the config alone
         if not files:
             raise _no_split(source, config, split)
         return DatasetFiles(tuple(files), None)
@@ -97,17 +122,101 @@ def find_dataset(
             if branch == _CONVERTED:
                 break
             raise
-        if files := _of_split(folder, source, config, split):
+        if files := _in_folder(folder, source, config, split):
             return DatasetFiles(tuple(files), commit)
     raise _no_split(source, config, split)
 
 
-def _of_split(folder: Path, source: str, config: str | None, split: str) -> list[Path]:
+def list_dataset(
+    source: str, config: str | None, split: str, *, revision: str | None = None
+) -> HubSplit:
+    """What `find_dataset` would fetch from the hub; nothing is fetched. Errors as there."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    if not is_hub_id(source):
+        raise UserError(f"{source!r} is no data set of the hub", "An id has the form org/name.")
+    for branch in [revision] if revision else [None, _CONVERTED]:
+        try:
+            commit = _commit(source, branch, "dataset")
+        except _NoRevision:
+            if branch == _CONVERTED:
+                break
+            raise
+
+        def tree(commit: str = commit) -> list[RepoFile]:
+            found = HfApi().list_repo_tree(
+                source, recursive=True, revision=commit, repo_type="dataset"
+            )
+            return [file for file in found if isinstance(file, RepoFile)]
+
+        files = {PurePosixPath(file.path): file for file in _asked(source, commit, tree)}
+        if paths := _of_split(files, source, config, split):
+            rows = [files[path] for path in paths]
+            told = [
+                HubFile(row.path, row.size, row.lfs.sha256 if row.lfs else None) for row in rows
+            ]
+            return HubSplit(source, commit, tuple(told))
+    raise _no_split(source, config, split)
+
+
+def read_range(split: HubSplit, file: HubFile, start: int, end: int) -> bytes:
+    """Bytes [start, end) of a file on the hub. Errors as in `find_model`."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    url = hf_hub_url(split.hub, file.path, repo_type="dataset", revision=split.revision)
+    headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+
+    def read() -> bytes:
+        answer = http_backoff("GET", url, headers=headers, timeout=_TIMEOUT_S)
+        hf_raise_for_status(answer)
+        if answer.status_code != 206 or len(answer.content) != end - start:
+            raise _Damaged(f"{file.path}: {len(answer.content)} of {end - start} bytes came")
+        return answer.content
+
+    return _asked(split.hub, split.revision, read)
+
+
+def fetch_file(split: HubSplit, file: HubFile, folder: Path) -> Path:
+    """The whole file, at its path below `folder`, its sha256 checked. Errors as in `find_model`."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    def fetch() -> Path:
+        disable_progress_bars()  # several files at a time; the shards tell the progress
+        path = Path(
+            hf_hub_download(
+                split.hub,
+                file.path,
+                repo_type="dataset",
+                revision=split.revision,
+                local_dir=folder,
+            )
+        )
+        with path.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if path.stat().st_size != file.size or file.sha256 not in (None, digest):
+            path.unlink()
+            raise _Damaged(f"{file.path}: its sha256 is not the one that the hub tells")
+        return path
+
+    return _asked(split.hub, split.revision, fetch)
+
+
+def _in_folder(folder: Path, source: str, config: str | None, split: str) -> list[Path]:
+    names = [PurePosixPath(file.relative_to(folder)) for file in folder.rglob("*.parquet")]
+    return [folder / name for name in _of_split(names, source, config, split)]
+
+
+def _of_split(
+    names: Iterable[PurePosixPath], source: str, config: str | None, split: str
+) -> list[PurePosixPath]:
     """`data/SPLIT-00000-of-00002-HASH.parquet`, `CONFIG/SPLIT/0000.parquet` and the like."""
     named = re.compile(rf"{re.escape(split)}(?:-\d+-of-(\d+)(?:-[0-9a-f]+)?)?\.parquet")
     files, totals = [], set()
-    for file in sorted(folder.rglob("*.parquet")):
-        *above, name = file.relative_to(folder).parts
+    for file in sorted(names):
+        *above, name = file.parts
         match = named.fullmatch(name)
         of_config = config in above if config else not {*above} - {"data", "default", split}
         if of_config and (match or above[-1:] == [split]):
@@ -141,29 +250,44 @@ def _fetch(
     source: str, revision: str | None, files: Sequence[str], kind: Literal["model", "dataset"]
 ) -> tuple[Path, str]:
     """The folder with the files of these patterns (which may not exist), and its commit."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    commit = _commit(source, revision, kind)
+    folder = _asked(
+        source,
+        revision,
+        lambda: snapshot_download(source, revision=commit, repo_type=kind, allow_patterns=[*files]),
+    )
+    return Path(folder), commit
+
+
+def _commit(source: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:
+    """The commit that a branch or tag (None: the main branch) stands for."""
+    from huggingface_hub import HfApi
+
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    info = _asked(
+        source,
+        revision,
+        lambda: HfApi().repo_info(source, revision=revision, repo_type=kind, timeout=_TIMEOUT_S),
+    )
+    assert info.sha is not None  # a branch of the hub has one
+    return info.sha
+
+
+def _asked(source: str, revision: str | None, ask: Callable[[], Answer]) -> Answer:
+    """What the hub answers, after a few attempts; its refusals as a UserError."""
     from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever is in use
 
     for wait_s in (*_WAITS_S, None):
         try:
-            commit = revision
-            if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
-                commit = (
-                    HfApi()
-                    .repo_info(source, revision=revision, repo_type=kind, timeout=_TIMEOUT_S)
-                    .sha
-                )
-            folder = snapshot_download(
-                source, revision=commit, repo_type=kind, allow_patterns=[*files]
-            )
+            return ask()
         except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: hf_xet's downloads
             fault = _final_fault(source, revision, error)
             if fault or wait_s is None:
                 raise fault or _unreachable(source, error) from error
             time.sleep(wait_s)
-        else:
-            assert commit is not None  # a branch of the hub has one
-            return Path(folder), commit
     raise AssertionError("unreachable")
 
 
@@ -194,6 +318,8 @@ def _final_fault(source: str, revision: str | None, error: BaseException) -> Use
 
 def _unreachable(source: str, error: BaseException) -> UserError:
     status = status_of(error)
+    if isinstance(error, _Damaged):
+        return UserError(f"{source}: came damaged 3 times", str(error), _NETWORK)
     why = f"HTTP {status}" if status else type(causes_of(error)[-1]).__name__
     return UserError(f"{source}: the hub cannot be reached", f"After 3 attempts: {why}.", _NETWORK)
 

@@ -65,3 +65,27 @@ def read_hypotheses(path: Path) -> list[Hypothesis]:
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}:{len(rows) + 1}: is no line of hypotheses", str(error)) from error
     return rows
+
+
+def read_texts(path: Path) -> dict[str, str]:
+    """A transcript by clip id, of JSONL lines {"id", "text"}. Raises UserError."""
+    do = 'Each line is a JSON object such as {"id": "7", "text": "..."}.'
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read", error.strerror or "", do) from error
+    texts: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            clip_id, text = row["id"], row["text"]
+            if not isinstance(clip_id, str | int) or not isinstance(text, str):
+                raise ValueError("id or text is no string")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: is no transcript", repr(error)[:100], do) from error
+        texts[str(clip_id)] = text
+    if not texts:
+        raise UserError(f"{path}: has no transcript", "", do)
+    return texts

@@ -115,6 +115,8 @@ class Data:
     """silence between joined clips"""
     max_repeats: float = 4.0
     """no set is drawn more often than this in an epoch, whatever its share asks for"""
+    max_synthetic_share: float = 0.5
+    """share of an epoch's clips that may be synthetic speech; a mix with more is refused"""
     temperature: float | None = None
     """sets without a share are drawn in proportion to size ** (1 / temperature); None: to size.
     Above 1 small sets gain: Arivazhagan et al. 2019, arXiv 1907.05019"""

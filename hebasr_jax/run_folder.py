@@ -29,12 +29,12 @@ EXIT_RUN_AGAIN = 75
 MAY_CHANGE = (
     r"name|runs_dir",
     r"train\.(keep_last|keep_best|log_steps|checkpoint_steps|max_skipped_steps)",
-    r"data\.(threads|prefetch_batches|max_bad_share)",
+    r"data\.(threads|prefetch_batches|max_bad_share|max_synthetic_share)",
     r"validation\.(every_steps|batch_audio_s|samples|bootstrap)",
     r"(average|export|tracking)\..*",  # what follows the last step, and copies of the log
     r"data\.test.*",
     r"data\.(train|dev)\..*\.(licence|hub)",  # told in the model card
-    r"compute\.(cache_dir|devices|attention|remat|unroll|loss_rows|gather|cut_over)",  # rounding only
+    r"compute\.(cache_dir|devices|cut_over|attention|remat|unroll|loss_rows|gather)",  # rounding
 )
 """Config values that a resumed run may change: none of them says what a step learns or what a
 validation is over. Epochs and steps are not among them, since the rate schedule hangs on them."""

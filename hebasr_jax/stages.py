@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from hebasr_jax.data.draws import generator, select_sets
+from hebasr_jax.data.draws import generator, refuse_synthetic, select_sets
 from hebasr_jax.data.pipeline import Feed
 from hebasr_jax.data.plan import choose_buckets
 from hebasr_jax.errors import UserError
@@ -63,7 +63,7 @@ class Part:
 
 
 def make_parts(config: Config, feed: Feed, shapes: Params, row_multiple: int) -> tuple[Part, ...]:
-    """The stages of a run, in order.
+    """The stages of a run, in order. Raises UserError where a stage's settings cannot be met.
 
     Args:
       feed: over all sets, as `data.train` has them.
@@ -72,6 +72,8 @@ def make_parts(config: Config, feed: Feed, shapes: Params, row_multiple: int) ->
     for stage in config.stages:
         check_groups(shapes, stage)
     feeds = [_feed_of(feed, number, row_multiple) for number in range(len(config.stages))]
+    for own in feeds:
+        refuse_synthetic(own.table.sets, config.data)
     epochs = [len(own.plan(0)) for own in feeds]
     lengths = [
         stage.steps or stage.epochs * steps

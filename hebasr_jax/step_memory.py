@@ -1,7 +1,8 @@
 """Bytes that a training step needs on a device: by formula from shapes, and by the compiler.
 
 With P trained and Q frozen parameters, c bytes of the compute dtype, n devices that a copy of the
-weights is cut over (`compute.cut_over`, or all), R rows of A audio tokens and X text tokens, L = A + X:
+weights is cut over (`compute.cut_over`, or all), R rows of A audio tokens and X text tokens,
+L = A + X:
 
 weights    4 (P + Q) / n, float32
 moments    8 P / n, AdamW's; Muon has half of it for the layers' matrices, which is not told

@@ -18,7 +18,7 @@ import numpy as np
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.checkpoint import CheckpointStore
 from hebasr_jax.config_file import LoadedConfig, dump
-from hebasr_jax.data.clips import Batch
+from hebasr_jax.data.clips import Batch, synthetic_warnings
 from hebasr_jax.data.pipeline import Item, stream
 from hebasr_jax.data.plan import Bucket, plan_table
 from hebasr_jax.distributed import any_host, is_first, local_rows, place_rows
@@ -141,6 +141,8 @@ def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_cha
         say(f"changed since the last start: {line}")
     write_json(folder / "plan.json", plan_tables(setup))
     for line in dict.fromkeys(x for part in setup.parts for x in part.feed.targets.warnings()):
+        say(f"warning: {line}")
+    for line in synthetic_warnings(setup.dev_sets):
         say(f"warning: {line}")
     for name, reasons in setup.left_out.items():
         for reason, count in reasons.items():

@@ -4,4 +4,5 @@ import sys
 
 from hebasr_jax.cli import main
 
-sys.exit(main(["prepare", *sys.argv[1:]]))
+if __name__ == "__main__":  # processes that make shards load this file
+    sys.exit(main(["prepare", *sys.argv[1:]]))

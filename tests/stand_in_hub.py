@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -41,6 +41,11 @@ def oid_of(name: str, data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def lfs_of(data: bytes) -> dict[str, object]:
+    """What the hub tells of a large file."""
+    return {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+
+
 class Hub(ThreadingHTTPServer):
     """`faults[regex]` is a list of answers given before the right one.
 
@@ -58,6 +63,7 @@ class Hub(ThreadingHTTPServer):
         self.faults: dict[str, list[tuple[int, dict[str, str]]]] = {}
         self.log: list[tuple[str, str, str]] = []  # method, path, Range or Authorization
         self.stalled = threading.Event()
+        self.watch: Callable[[], object] = lambda: None  # called at each request
         if files is not None:
             self.push(files)
 
@@ -140,6 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         notes = f"{self.headers.get('Range', '')} {self.headers.get('Authorization', '')}"
         self.server.log.append((self.command, path, notes))
+        self.server.watch()
         faults = self.server.faults.items()
         waiting = (a for p, a in faults if a and re.search(p, f"{self.command} {path}"))
         status, headers = next((answers.pop(0) for answers in waiting), (0, {}))
@@ -185,17 +192,21 @@ class Handler(BaseHTTPRequestHandler):
         if sha := self.commit_of(repo, ref):
             files = self.server.commits[sha].items()
             self.answer_json(
-                [{"type": "file", "path": n, "size": len(d), "oid": oid_of(n, d)} for n, d in files]
+                [
+                    {"type": "file", "path": n, "size": len(d), "oid": oid_of(n, d)}
+                    | ({"lfs": lfs_of(d)} if n.endswith(".parquet") else {})
+                    for n, d in files
+                ]
             )
 
     def file(self, sha: str, name: str) -> None:
         data = self.server.commits[sha][name]
         etag = hashlib.sha1(data).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
-        if match := re.match(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            start = int(match[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.answer(206, headers, data[start:])
+        if match := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+            return self.answer(206, headers, data[start:end])
         return self.answer(200, headers, data)
 
     def create(self) -> None:

@@ -66,6 +66,7 @@ def test_a_decoding_step_reads_its_weights_and_its_cache() -> None:
         "generate --slots 2 --tokens 4 --minutes 1 --dtype float32",
         "features --rows 1 --steps 2",
         "data --audio-s 10000 --threads 2",
+        "prepare --audio-s 600 --jobs 1",
     ],
 )
 def test_each_measurement_runs_and_prints_json(words, capsys) -> None:
@@ -88,6 +89,9 @@ def test_each_measurement_runs_and_prints_json(words, capsys) -> None:
         "generate --devices 1",
         "data --unroll",
         "data --audio-s 5",
+        "prepare --audio-s 5",
+        "prepare --jobs 0",
+        "data --jobs 1",
     ],
 )
 def test_flags_that_make_no_work_are_refused(words, capsys) -> None:

@@ -44,7 +44,8 @@ def source(tmp_path):
 
 def prepare(given: Source, out: Path, **changes) -> Path:
     """The folder of the prepared set."""
-    flags = {"source": given.path, "name": "crowd", "shard_mb": SHARD_MB} | changes
+    flags = {"source": given.path, "name": "crowd", "shard_mb": SHARD_MB, "processes": 1}
+    flags |= changes
     assert Prepare(out, **flags).run() == 0
     return out / "crowd"
 
@@ -103,7 +104,7 @@ def test_killed_between_and_within_shards_the_same_command_goes_on(source, tmp_p
     """A child is killed while it reads the 13th clip; its first shard stays untouched."""
     code = """
         import os, signal, sys
-        from hebasr_jax.data import prepare, shards
+        from hebasr_jax.data import shard_work, shards
         from hebasr_jax.data.prepare_command import Prepare
         from pathlib import Path
         packed = []
@@ -112,8 +113,9 @@ def test_killed_between_and_within_shards_the_same_command_goes_on(source, tmp_p
             if len(packed) == 13:
                 os.kill(os.getpid(), signal.SIGKILL)
             return shards.pack(*given)
-        prepare.pack = pack
-        Prepare(Path(sys.argv[2]), source=sys.argv[1], name="crowd", shard_mb=0.12, threads=1).run()
+        shard_work.pack = pack
+        given = dict(source=sys.argv[1], name="crowd", shard_mb=0.12, processes=1)
+        Prepare(Path(sys.argv[2]), **given).run()
     """
     out = tmp_path / "out"
     command = [sys.executable, "-c", textwrap.dedent(code), source.path, str(out)]

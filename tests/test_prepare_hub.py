@@ -1,12 +1,21 @@
 """`prepare --config`: training sets that are not there come from the hub, at one commit."""
 
+import io
 import json
+import re
+import time
 from pathlib import Path
 
-from hub_rows import FIRST, a_slice, crowd, write
-from stand_in_hub import child, served
+import numpy as np
+import pytest
+import soundfile
+import stand_in_hub
+from hub_rows import FIRST, RATE, a_slice, crowd, sound, write
+from stand_in_hub import child, served, start
 
 from hebasr_jax.config_file import load_config
+from hebasr_jax.data.hub_files import HUB_FOLDER
+from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.shards import ORIGIN_FILE
 from hebasr_jax.data.sources import open_source
 
@@ -71,3 +80,135 @@ def test_what_lies_there_is_left_and_what_cannot_be_fetched_is_told(tmp_path) ->
     assert "crowd: " in done.stderr
     assert "no schema" in done.stderr
     assert not hub.asked("GET")
+
+
+FILES, CLIPS = 9, 5  # files, and clips of 6 s in each
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """A local copy of a set of nine files, each about as long as a shard is to be."""
+    folder = tmp_path_factory.mktemp("many") / "data"
+    for number in range(FILES):
+        at = range(CLIPS * number, CLIPS * (number + 1))
+        rows = [{"audio": noise(n, 6.0)} | a_slice(6.0 * n, FIRST, n=n) for n in at]
+        write(folder, "knesset-plenums", rows)
+        name = f"train-{number:05d}-of-{FILES:05d}.parquet"
+        (folder / "train-00000-of-00001.parquet").rename(folder / name)
+    return folder
+
+
+def noise(number: int, seconds: float) -> dict:
+    """Sound that does not compress, so that it is most of a file."""
+    file = io.BytesIO()
+    wave = np.random.default_rng(number).uniform(-0.3, 0.3, round(seconds * RATE))
+    soundfile.write(file, wave, RATE, format="WAV")
+    return {"bytes": file.getvalue(), "path": f"{number}.wav"}
+
+
+@pytest.fixture
+def hub(many):
+    with served(None) as server:
+        files = {f"data/{file.name}": file.read_bytes() for file in many.iterdir()}
+        server.push_dataset(KNESSET, files)
+        yield server
+
+
+def from_hub(folder: Path, *flags: str, schema: str = "knesset-plenums", mb: float = 0.9) -> tuple:
+    """The words of a child that prepares one set, and the folder of the shards."""
+    config = folder / "mine.py"
+    config.write_text(
+        "from hebasr_jax.run_config import Config, Data, Source\n"
+        f"set = Source('knesset', {str(folder / 'shards')!r}, schema={schema!r})\n"
+        "def get_config(): return Config(data=Data(train=(set,)))\n"
+    )
+    words = ("-m", "hebasr_jax", "prepare", "--config", str(config), "--shard-mb", str(mb))
+    return (*words, *flags), folder / "shards"
+
+
+def by_copy(copy: Path, out: Path) -> dict[str, bytes]:
+    given = {"source": str(copy), "name": "knesset", "schema": "knesset-plenums", "shard_mb": 0.9}
+    assert Prepare(out, processes=1, **given).run() == 0
+    return content(out / "knesset")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ORIGIN_FILE}
+
+
+def on_disk(shards: Path) -> int:
+    """Files with their sound that lie there now."""
+    whole = [*(shards / HUB_FOLDER).glob("*-of-*/**/*.parquet")]
+    return len(whole) + len([*(shards / HUB_FOLDER).glob("*-of-*/**/*.incomplete")])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_files_lie_here_only_while_shards_are_made_of_them(many, hub, tmp_path, processes) -> None:
+    words, shards = from_hub(tmp_path, "--processes", str(processes))
+    seen: list[int] = []
+    hub.watch = lambda: seen.append(on_disk(shards))
+    done = child(tmp_path / "home", hub, *words)
+    assert done.returncode == 0, done.stderr
+    assert content(shards) == by_copy(many, tmp_path / "copy")
+    assert len([*shards.glob("*.arrayrecord")]) == FILES + 1  # most are of two files
+    # A shard of two files for each process, and one whose files are fetched meanwhile.
+    assert 1 <= max(seen) <= 2 * (processes + 1) < FILES
+    told = re.search(r"at most (\S+) GB of the hub's files", done.stderr)
+    sizes = sorted(file.stat().st_size for file in many.iterdir())
+    assert float(told[1]) * 1e9 <= 1.01 * sum(sizes[-2 * (processes + 1) :])
+    whole = [path for _, path, notes in hub.asked("^GET .*resolve") if "bytes" not in notes]
+    assert len(whole) == len(set(whole)) == FILES  # each is fetched once
+    read = [re.search(r"bytes=(\d+)-(\d+)", notes) for _, _, notes in hub.asked("bytes=")]
+    assert sum(int(m[2]) - int(m[1]) for m in read) < 0.2 * sum(sizes)
+    assert not [*(tmp_path / "home").rglob("*.parquet")]  # nothing in the hub's cache
+
+
+def test_a_kill_and_faults_of_the_hub_leave_nothing_false(many, hub, tmp_path) -> None:
+    words, shards = from_hub(tmp_path, "--processes", "1")
+    hub.faults["GET .*resolve.*00003-of"] = [(503, {}), (200, {"drop": "999"})]
+    process = start(tmp_path / "home", hub, *words)
+    while len([*shards.glob("*.json")]) < 4 and process.poll() is None:  # set, origin, two seals
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert on_disk(shards)
+    done = child(tmp_path / "home", hub, *words)
+    assert done.returncode == 0, done.stderr
+    assert content(shards) == by_copy(many, tmp_path / "copy")
+
+
+def test_a_file_that_is_not_what_the_hub_says_is_refused(hub, tmp_path, monkeypatch) -> None:
+    lfs = stand_in_hub.lfs_of
+    monkeypatch.setattr(stand_in_hub, "lfs_of", lambda data: lfs(data) | {"oid": "0" * 64})
+    words, shards = from_hub(tmp_path, "--processes", "1")
+    done = child(tmp_path / "home", hub, *words)
+    assert done.returncode == 1
+    assert "its sha256 is not the one that the hub tells" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [*shards.glob("*.arrayrecord")]
+    assert not on_disk(shards)
+
+
+def test_lengths_that_no_column_tells_are_measured_file_by_file(tmp_path) -> None:
+    copy, kan = tmp_path / "kan" / "data", "imvladikon/hebrew_speech_kan"
+    for number in range(8):
+        rows = [{"sentence": f"משפט {n}", "audio": sound(n, 1.0 + n, "MP3")} for n in range(3)]
+        write(copy, "kan", rows, split=f"train-{number}")
+        (copy / f"train-{number}-00000-of-00001.parquet").rename(
+            copy / f"train-{number:05d}-of-00008.parquet"
+        )
+    with served(None) as hub:
+        files = {f"data/{file.name}": file.read_bytes() for file in copy.iterdir()}
+        hub.push_dataset(kan, files)
+        words, shards = from_hub(tmp_path, "--processes", "1", schema="kan", mb=0.19)
+        config = tmp_path / "mine.py"
+        config.write_text(config.read_text().replace("'kan'", "'kan', accept_licence=True"))
+        seen: list[int] = []
+        hub.watch = lambda: seen.append(on_disk(shards))
+        done = child(tmp_path / "home", hub, *words)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= max(seen) <= 4  # two shards of up to two files
+    assert len([*shards.glob("*.arrayrecord")]) == 8
+    given = {"source": str(copy), "name": "knesset", "schema": "kan", "accept_licence": True}
+    assert Prepare(tmp_path / "copy", processes=1, shard_mb=0.19, **given).run() == 0
+    assert content(shards) == content(tmp_path / "copy" / "knesset")

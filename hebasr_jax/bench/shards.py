@@ -18,7 +18,7 @@ def write_mix(folder: Path, audio_s: float, kind: Literal["pcm", "flac"] = "pcm"
     seconds_C = work.ivrit_mix(int(audio_s / 8) + 64, seed=0)
     seconds_C = seconds_C[: int(np.searchsorted(np.cumsum(seconds_C), audio_s)) + 1]
     clips = work.made_up_set(seconds_C.tolist(), seed=0)
-    prepare_set(clips, folder, plan_set(clips, kind, _SHARD_MB), threads=os.cpu_count() or 1)
+    prepare_set(clips, folder, plan_set(clips, kind, _SHARD_MB))
     return float(seconds_C.sum())
 
 

@@ -1,6 +1,6 @@
 """What the parts of the data path hand to each other: clips, sets of clips, batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ class Clip:
 
     source: where the recording came from, such as a podcast's name.
     quality: how well text and sound agree, as the set's makers measured it; None: not known.
+    synthetic: no person spoke; made from the text.
+    pseudo_label: the text is a model's.
     """
 
     id: str
@@ -45,6 +47,8 @@ class Clip:
     context: str = ""
     segments: tuple[Segment, ...] = ()
     quality: float | None = None
+    synthetic: bool = False
+    pseudo_label: bool = False
 
 
 def group_field(clips: Sequence[Clip]) -> str:
@@ -80,6 +84,17 @@ class ClipSet:
     files: tuple[str, ...] = ()
     removed: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def synthetic_warnings(sets: Iterable[ClipSet]) -> list[str]:
+    """A line for each dev or test set that has synthetic speech in it."""
+    counts = {one.name: (sum(clip.synthetic for clip in one.clips), len(one.clips)) for one in sets}
+    return [
+        f"{name}: {made:,} of its {clips:,} clips are synthetic speech; scores on them say nothing "
+        "about how well people are understood"
+        for name, (made, clips) in counts.items()
+        if made
+    ]
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from hebasr_jax.errors import UserError
 
 # Manifests round durations, and decoders differ by up to two MP3 frames (0.14 s at 16 kHz).
 ROUNDING_S = 0.2
-_LONGEST_S = 3600.0  # of a sound whose length nobody tells
+LONGEST_S = 4 * 3600.0  # of a clip: 2 GB while it is decoded
 _TELLS_LENGTH = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG"})
 _UNKNOWN_FRAMES = 1 << 36  # a FLAC header that leaves the length open
 _BLOCK_VALUES = 1 << 18
@@ -84,7 +84,7 @@ def sound_duration_s(path: Path, where: str) -> float:
         info = soundfile.info(path)
         if info.format in _TELLS_LENGTH and 0 < info.frames < _UNKNOWN_FRAMES:
             return info.frames / info.samplerate
-    return len(_decode(path, _LONGEST_S, where)) / SAMPLE_RATE
+    return len(_decode(path, LONGEST_S, where)) / SAMPLE_RATE
 
 
 def _decode(path: Path, limit_s: float, where: str) -> np.ndarray:

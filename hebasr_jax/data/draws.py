@@ -30,12 +30,13 @@ class Limit(NamedTuple):
 
 
 class SetInfo(NamedTuple):
-    """One data set as the plan sees it."""
+    """One data set as the plan sees it; `synthetic` of its clips nobody spoke."""
 
     name: str
     clips: int
     share: float | None
     fingerprint: str
+    synthetic: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +163,23 @@ def draws_per_set(sets: Sequence[SetInfo], data: Data) -> list[int]:
         max(1, round(min(total * part, math.floor(data.max_repeats * info.clips))))
         for info, part in zip(sets, part_S, strict=True)
     ]
+
+
+def refuse_synthetic(sets: Sequence[SetInfo], data: Data) -> None:
+    """Raises a UserError where more of an epoch's draws are synthetic than may be."""
+    draws = draws_per_set(sets, data)
+    made = {
+        info.name: count * info.synthetic / info.clips / sum(draws)
+        for info, count in zip(sets, draws, strict=True)
+        if info.synthetic
+    }
+    if (share := sum(made.values())) > data.max_synthetic_share + 1e-9:
+        raise UserError(
+            f"{share:.1%} of an epoch's clips are synthetic speech, more than "
+            f"data.max_synthetic_share = {data.max_synthetic_share:g}",
+            f"By set: {', '.join(f'{name} {part:.1%}' for name, part in made.items())}.",
+            "Give these sets a lower share, or raise data.max_synthetic_share.",
+        )
 
 
 def _weights(sets: Sequence[SetInfo], temperature: float | None) -> dict[str, float]:

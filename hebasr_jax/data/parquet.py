@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BATCH_ROWS = 4096
 _KEPT_BYTES = 256 << 20  # of row groups, so that neighbours are read once
+_JOINED_BYTES = 1 << 14  # that are read for nothing rather than asking twice
 _GROUP_BYTES = 2 << 30  # a row group with more audio is refused before it is allocated
 
 
@@ -53,6 +54,29 @@ def column_paths(file: Path) -> list[str]:
     return list(_paths(_open(file).schema_arrow))
 
 
+def sound_free_ranges(file: Path, audio: str) -> list[tuple[int, int]]:
+    """Where the data of all columns but the encoded sound lie, by the footer: [start, end) bytes.
+
+    Neighbours are joined. Of the file no more than the footer need be there.
+    """
+    metadata, _ = _footer(file)
+    ranges: list[tuple[int, int]] = []
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        leaves = [row_group.column(leaf) for leaf in range(row_group.num_columns)]
+        for leaf in leaves:
+            if leaf.path_in_schema in (audio, f"{audio}.bytes"):
+                continue
+            offsets = (leaf.dictionary_page_offset, leaf.data_page_offset)
+            start = min(offset for offset in offsets if offset is not None)
+            end = start + leaf.total_compressed_size
+            if ranges and 0 <= start - ranges[-1][1] <= _JOINED_BYTES:
+                ranges[-1] = ranges[-1][0], end
+            else:
+                ranges.append((start, end))
+    return ranges
+
+
 def _paths(fields: "Iterable[pa.Field]", above: str = "") -> Iterator[str]:
     import pyarrow as pa
 
@@ -74,6 +98,10 @@ class AudioColumn:
         self._lock = threading.Lock()
         self._groups: OrderedDict[tuple[Path, int], Future[pa.ChunkedArray]] = OrderedDict()
         self._footer = functools.lru_cache(1024)(_footer)
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        """In another process it starts with nothing read."""
+        return AudioColumn, (self._column,)
 
     def read(self, file: Path, row: int, where: str) -> memoryview:
         """The encoded bytes of one row. Raises `BadClip`."""
@@ -127,8 +155,10 @@ def _open(file: Path) -> "pq.ParquetFile":
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+        parquet = pq.ParquetFile(file)
+        list(_paths(parquet.schema_arrow))  # names need not be UTF-8 in a damaged file
+        return parquet
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"{file}: is no readable parquet file", why) from error
 
@@ -144,16 +174,13 @@ def _load(file: Path, metadata: "pq.FileMetaData", group: int, column: str) -> "
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    row_group = metadata.row_group(group)
-    leaves = [row_group.column(leaf) for leaf in range(row_group.num_columns)]
-    names = {column, f"{column}.bytes"}
-    size = sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema in names)
+    # Not column by column: of a damaged footer pyarrow's `column` ends the process.
+    size = metadata.row_group(group).total_byte_size
     if size > _GROUP_BYTES:
-        raise UserError(
-            f"row group {group} has {size / 2**30:.1f} GiB of audio: write smaller ones"
-        )
+        raise UserError(f"row group {group} has {size / 2**30:.1f} GiB: write smaller ones")
     with pq.ParquetFile(file, metadata=metadata) as parquet:
-        table = parquet.read_row_group(group, columns=sorted(names), use_threads=False)
+        names = [column, f"{column}.bytes"]
+        table = parquet.read_row_group(group, columns=names, use_threads=False)
     sounds = table.column(column)
     return pc.struct_field(sounds, "bytes") if sounds.type.num_fields else sounds
 

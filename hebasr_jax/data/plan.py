@@ -164,6 +164,7 @@ def plan_epoch(
 def plan_table(table: Table, plan: EpochPlan, data: Data) -> dict[str, Any]:
     """What an epoch consists of, as plain values: `buckets` (the last entry sums up) and `sets`.
 
+    A set's `synthetic` is the share of its clips that nobody spoke, told where there are any.
     Padding shares are of all frames and positions that are computed: what is silence between
     joined clips, behind a row's end, or a row that only fills the last batch is padding.
     """
@@ -190,6 +191,7 @@ def plan_table(table: Table, plan: EpochPlan, data: Data) -> dict[str, Any]:
                 "effective_epochs": count / info.clips,
                 "hours": float(samples) / SAMPLE_RATE / 3600,
             }
+            | ({"synthetic": info.synthetic / info.clips} if info.synthetic else {})
             for info, count, samples in zip(table.sets, draws, samples_S, strict=True)
         ],
     }
@@ -201,7 +203,8 @@ def plan_fingerprint(
     """sha256 of all that, with the config, determines the plans of all epochs and their targets."""
     settings = [data.join_share, data.join_gap_s, data.max_repeats, augment.speed_factors, seed]
     settings += [data.temperature, data.exhaust]
-    content = [[list(info) for info in table.sets], [asdict(b) for b in buckets], settings]
+    sets = [[info.name, info.clips, info.share, info.fingerprint] for info in table.sets]
+    content = [sets, [asdict(b) for b in buckets], settings]
     hasher = hashlib.sha256(json.dumps(content).encode())
     for column in (table.clip_C, table.key_C, table.samples_C, table.tokens_C):
         hasher.update(column.astype("<u8").tobytes())

@@ -1,42 +1,36 @@
 """Sets to shards (`shards.py`): audio decoded once, quick to read at random, spread over jobs."""
 
 import contextlib
+import heapq
 import json
-import os
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from hebasr_jax.data.clips import BadClip, Clip, ClipSet
+from hebasr_jax.data.clips import Clip, ClipSet
+from hebasr_jax.data.hub_files import HeldFiles
 from hebasr_jax.data.quality import Quarantine
+from hebasr_jax.data.shard_work import AGAIN, BadRow, ShardWork, writing
 from hebasr_jax.data.shards import (
     SET_FILE,
     SUFFIX,
-    WRITER_OPTIONS,
     Format,
     ShardSet,
-    file_digest,
     is_sealed,
-    manifest_row,
-    pack,
-    publish,
     read_set,
     stem,
     write_synced,
 )
+from hebasr_jax.data.sounds import Sounds
+from hebasr_jax.data.workers import Crew, Workers, here
 from hebasr_jax.errors import UserError
 
 _BYTES_PER_S = 32_000  # int16 at 16 kHz
-_AGAIN = "Then run the same command again: finished shards are kept."
 Progress = Callable[[float], contextlib.AbstractContextManager[Callable[[float], None]]]
-BadRow = tuple[str, str, str]  # id, reason, detail
-Made = TypeVar("Made")
 
 
 def plan_set(clip_set: ClipSet, kind: Format, shard_mb: float) -> ShardSet:
@@ -61,59 +55,120 @@ def prepare_set(
     *,
     part: int = 1,
     parts: int = 1,
-    threads: int = 8,
+    workers: Workers | None = None,
+    held: HeldFiles | None = None,
     max_bad_share: float = 0.01,
+    say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda total_s: contextlib.nullcontext(lambda audio_s: None),
 ) -> list[str]:
     """Makes those shards of a part that are not whole yet; returns names of shards still lacking.
 
-    Bad clips are left out and put down in `quarantine.jsonl` of the folder. Raises UserError for
-    a folder made of another version of the source, too many bad clips, and a full disk; nothing
-    half-written is left under a shard's name.
+    Bad clips are left out and put down in `quarantine.jsonl` of the folder. The same bytes come
+    of any workers and parts, and after any stop. Raises UserError for a folder made of another
+    version of the source, too many bad clips, and a full disk; nothing half-written is left under
+    a shard's name.
+
+    Args:
+      workers: where shards are made (`workers.py`); None, and for a set that was made in memory:
+        in this process, one at a time.
+      held: where the set's files are fetched to, for as long as a shard needs them.
     """
-    clips = shard_clips(clip_set, plan.shards)
-    mine = range(part - 1, plan.shards, parts)
-    which = "" if parts == 1 else f"-{part}-of-{parts}"
-    total = sum(len(clips[shard]) for shard in mine) + len(clip_set.bad)
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _settle(folder, plan)
+    clips = shard_clips(clip_set, plan.shards)
+    mine = range(plan.shards * (part - 1) // parts, plan.shards * part // parts)
     made = [stem(shard, plan.shards) for shard in range(plan.shards)]
-    todo = [shard for shard in mine if not is_sealed(folder, made[shard], thorough=True)]
-    quarantine_file = folder / f"quarantine{which}.jsonl"
-    quarantine_file.unlink(missing_ok=True)  # what was mended since must not count
-    quarantine = Quarantine(quarantine_file, max_bad_share, total)
-    quarantine.add_rows([clip_set])
-    for shard in sorted(set(mine) - set(todo)):
-        for bad in json.loads((folder / f"{made[shard]}.json").read_bytes())["bad"]:
-            quarantine.add(clip_set.name, *bad)
-    lengths_s = [clip_set.clips[index].duration_s for shard in todo for index in clips[shard]]
-    todo_s = sum(lengths_s, start=0.0)
-    _check_space(folder, todo_s * _BYTES_PER_S)
-    with ThreadPoolExecutor(threads) as pool, progress(todo_s) as advance:
+    todo_s = {
+        shard: sum(clip_set.clips[index].duration_s for index in clips[shard])
+        for shard in mine
+        if not is_sealed(folder, made[shard], thorough=True)
+    }
+    total = sum(len(clips[shard]) for shard in mine) + len(clip_set.bad)
+    part_name = "quarantine" if parts == 1 else f"quarantine-{part}-of-{parts}"
+    quarantine = _anew(folder / f"{part_name}.jsonl", clip_set, max_bad_share, total)
 
-        def make(index: int) -> bytes | BadClip:
-            try:
-                return pack(clip_set.clips[index], clip_set.read(index), plan.format)
-            except BadClip as fault:
-                return fault
+    def work(shard: int) -> ShardWork:
+        some, read = _some(clip_set, clips[shard])
+        return ShardWork(folder, made[shard], plan.format, some, read, max_bad_share * total)
 
-        def good(indices: range, bad: list[BadRow]) -> Iterator[tuple[Clip, bytes]]:
-            for index, record in _in_order(pool, make, indices, 2 * threads):
-                clip = clip_set.clips[index]
-                advance(clip.duration_s)
-                if isinstance(record, BadClip):
-                    bad.append((clip.id, record.reason, record.detail))
-                    quarantine.add(clip_set.name, *bad[-1])
-                else:
-                    yield clip, record
-
-        for shard in todo:
-            for partial in folder.glob(f".{made[shard]}.*.partial"):
-                partial.unlink(missing_ok=True)
-            bad_rows: list[BadRow] = []
-            _write_shard(folder, made[shard], good(clips[shard], bad_rows), bad_rows)
+    can_be_sent = todo_s and isinstance(clip_set.read, Sounds)
+    with workers if workers and can_be_sent else here() as crew, contextlib.ExitStack() as stack:
+        fetched = _most_fetched(held, map(work, todo_s), crew.count + 1, say)
+        total_s = sum(todo_s.values(), start=0.0)
+        _check_space(folder, total_s * _BYTES_PER_S + fetched)
+        advance = stack.enter_context(progress(total_s))
+        results = stack.enter_context(_made(crew, held, work, todo_s))
+        for shard in mine:  # in order, so that the quarantine is the same after any stop
+            if shard in todo_s:
+                bad = results[shard].result()
+                advance(todo_s[shard])
+            else:
+                bad = json.loads((folder / f"{made[shard]}.json").read_bytes())["bad"]
+            for row in bad:
+                quarantine.add(clip_set.name, *row)
     return [name for name in made if not is_sealed(folder, name, thorough=False)]
+
+
+def _anew(file: Path, clip_set: ClipSet, max_bad_share: float, total: int) -> Quarantine:
+    """A quarantine without what was there: what was mended since must not count."""
+    file.unlink(missing_ok=True)
+    quarantine = Quarantine(file, max_bad_share, total)
+    quarantine.add_rows([clip_set])
+    return quarantine
+
+
+@contextlib.contextmanager
+def _made(
+    crew: Crew, held: HeldFiles | None, work: Callable[[int], ShardWork], shards: Iterable[int]
+) -> Iterator[dict[int, Future[list[BadRow]]]]:
+    """The bad clips of each shard, once it is made. When it is left early, the others are stopped.
+
+    A thread for each shard in the making, and one that fetches the files of the next.
+    """
+
+    def make(shard: int) -> list[BadRow]:
+        given = work(shard)
+        if held is None or not isinstance(given.read, Sounds):
+            return crew.make(given)
+        with held(_files(given)) as moved:
+            return crew.make(replace(given, read=given.read.moved(moved)))
+
+    threads = ThreadPoolExecutor(crew.count + (held is not None))
+    try:
+        yield {shard: threads.submit(make, shard) for shard in shards}
+    except BaseException:
+        threads.shutdown(wait=False, cancel_futures=True)
+        crew.stop()
+        raise
+    finally:
+        threads.shutdown()
+
+
+def _most_fetched(
+    held: HeldFiles | None, works: Iterable[ShardWork], at_once: int, say: Callable[[str], None]
+) -> int:
+    """Bytes of fetched files that lie on disk at most, with so many shards in the making."""
+    if held is None:
+        return 0
+    most = sum(heapq.nlargest(at_once, (held.size(_files(work)) for work in works)))
+    say(f"at most {most / 1e9:.3g} GB of the hub's files lie here at a time")
+    return most
+
+
+def _files(work: ShardWork) -> list[Path]:
+    assert isinstance(work.read, Sounds)  # only what was opened from files is fetched
+    return list(dict.fromkeys(place.file for place in work.read.places))
+
+
+def _some(
+    clip_set: ClipSet, indices: range
+) -> tuple[tuple[Clip, ...], Callable[[int], np.ndarray]]:
+    """These clips, and what reads them; of a set that was opened from files it can be sent."""
+    clips = tuple(clip_set.clips[index] for index in indices)
+    if isinstance(clip_set.read, Sounds):
+        return clips, clip_set.read.part(indices)
+    return clips, lambda index: clip_set.read(indices[index])
 
 
 def _settle(folder: Path, plan: ShardSet) -> None:
@@ -137,68 +192,5 @@ def _check_space(folder: Path, need: float) -> None:
         raise UserError(
             f"{folder}: may need {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             "",
-            f"Free space or give another --out. {_AGAIN}",
+            f"Free space or give another --out. {AGAIN}",
         )
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, make: Callable[[int], Made], indices: range, ahead: int
-) -> Iterator[tuple[int, Made]]:
-    """Each index and what `make` gives for it, made in threads, so many ahead of their use."""
-    waiting: deque[tuple[int, Future[Made]]] = deque()
-    try:
-        for index in indices:
-            waiting.append((index, pool.submit(make, index)))
-            while len(waiting) == ahead or (waiting and index == indices[-1]):
-                first, future = waiting.popleft()
-                yield first, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
-
-
-def _write_shard(
-    folder: Path, name: str, records: Iterable[tuple[Clip, bytes]], bad: list[BadRow]
-) -> None:
-    """Writes a shard, its manifest, and last its seal; `bad` fills as records are taken."""
-    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-
-    audio, manifest = folder / f"{name}{SUFFIX}", folder / f"{name}.jsonl"
-    partial = folder / f".{name}.{os.getpid()}.partial"
-    rows: list[bytes] = []
-    try:
-        with _writing(folder):
-            writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
-        try:
-            for clip, record in records:
-                row = manifest_row(clip, f"{audio.name}#{len(rows)}")
-                rows.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                with _writing(folder):
-                    writer.write(record)
-        finally:
-            with _writing(folder):
-                writer.close()
-        with _writing(folder):
-            if ArrayRecordReader(str(partial)).num_records() != len(rows):
-                raise OSError(f"{partial} does not hold the {len(rows)} records written")
-            publish(partial, audio)
-            write_synced(manifest, b"".join(rows))
-            files = {
-                file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-                for file in (audio, manifest)
-            }
-            seal = {"records": len(rows), "files": files, "bad": bad}
-            write_synced(folder / f"{name}.json", json.dumps(seal, indent=1).encode())
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Tells faults of the disk as the user's to mend; ArrayRecord raises RuntimeError for them."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or str(error).split(";")[0]
-        do = f"Free space or mend the disk. {_AGAIN}"
-        raise UserError(f"{folder}: cannot be written", why, do) from error

@@ -15,6 +15,7 @@ from hebasr_jax.timestamps import Segment
 
 _ROW_OF_FILE = re.compile(r"(.+\.(?:parquet|arrayrecord))#(\d{1,12})")
 _NOTHING = object()
+_MOST_CHARACTERS = 250_000  # of a text: that of the longest clip, four hours of speech
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,13 @@ def parse_row(
     """A row (design.md 4.7) as a clip and its place; raises `BadClip`.
 
     `columns` names the fields; dots reach into objects (`metadata.duration`). Relative audio paths
-    start at `folder` and may not leave it. Without an id, the audio's name (and piece) is the id.
+    start at `folder` and may not leave it. Without an id, the audio's name (and piece) is the id. A
+    text of no name is empty.
     A duration that neither the row nor its piece tells is left 0. Times of segments count from
     the start of the clip.
     """
     place = _place(row, columns, folder)
-    text = field(row, columns.text)
+    text = field(row, columns.text) if columns.text else ""
     if text is None and null_is_empty:
         text = ""
     if text is _NOTHING or text is None:
@@ -82,6 +84,8 @@ def parse_row(
         context=_string(row, columns.context),
         segments=_segments(field(row, columns.segments)),
         quality=_number(row, columns.quality),
+        synthetic=_flag(row, "synthetic"),
+        pseudo_label=_flag(row, "pseudo_label"),
     )
     return clip, place
 
@@ -155,6 +159,13 @@ def _number(row: dict[str, Any], path: str) -> float | None:
     return float(value)
 
 
+def _flag(row: dict[str, Any], path: str) -> bool:
+    value = value_of(row, path)
+    if value is not None and not isinstance(value, bool):
+        raise BadClip(f"{path!r} is neither true nor false", repr(value)[:100])
+    return bool(value)
+
+
 def _string(row: dict[str, Any], path: str) -> str:
     value = field(row, path)
     if value is _NOTHING or value is None:
@@ -167,6 +178,8 @@ def _string(row: dict[str, Any], path: str) -> str:
 
 
 def _unicode(value: str, path: str) -> str:
+    if len(value) > _MOST_CHARACTERS:
+        raise BadClip(f"{path!r} has over {_MOST_CHARACTERS:,} characters", f"{len(value):,}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -24,6 +24,7 @@ from hebasr_jax.errors import UserError
 
 Format = Literal["pcm", "flac"]
 SET_FILE = "set.json"
+REMOVED_FILE = "removed.jsonl"  # rows left out on purpose, each with its reason
 ORIGIN_FILE = "origin.json"  # of a set of the hub: which one, at which commit, its licence
 SUFFIX = ".arrayrecord"
 WRITER_OPTIONS = "group_size:1,uncompressed"  # each record by itself; sound does not compress

@@ -4,39 +4,35 @@ All three are rows of a manifest. Those of a parquet file name its own rows as a
 (`FILE.parquet#ROW`, which a manifest may do as well), and shards carry a manifest each.
 """
 
+import contextlib
 import glob
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
-from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.data.adapt import Rows, adapted_rows, normalized
 from hebasr_jax.data.adapters import filled, find_adapter, refuse_licence
 from hebasr_jax.data.clips import BadClip, Clip, ClipSet, Removed
-from hebasr_jax.data.decode import as_file, read_piece, read_sound, sound_duration_s
-from hebasr_jax.data.parquet import (
-    AudioColumn,
-    column_names,
-    no_column,
-    parquet_rows,
-)
+from hebasr_jax.data.decode import LONGEST_S
+from hebasr_jax.data.parquet import AudioColumn, column_names, no_column, parquet_rows
 from hebasr_jax.data.quality import top_reasons
 from hebasr_jax.data.rows import Place, check_segments, has_field, parse_line, parse_row
 from hebasr_jax.data.selection import Selection
-from hebasr_jax.data.shards import SET_FILE, SUFFIX, shard_reader, shard_rows
+from hebasr_jax.data.shards import SET_FILE, read_origin, shard_rows
+from hebasr_jax.data.sounds import Sounds
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Columns, Source
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-Read = Callable[[Place, float], np.ndarray]  # a place and the seconds expected there
+# From files to where they lie whole, while it is entered.
+Held = Callable[[Sequence[Path]], contextlib.AbstractContextManager[Mapping[Path, Path]]]
 
 _THREADS = 16  # they wait for disks more than they compute
 _AT_ONCE = 256  # rows a thread takes at a time
@@ -90,14 +86,16 @@ def open_source(
     source: Source,
     *,
     files: Sequence[Path] = (),
+    held: Held | None = None,
     null_is_empty: bool = False,
     unlabelled: bool = False,
 ) -> ClipSet:
     """Reads what is known of a set's clips; audio is left where it is.
 
-    A row that is no clip, whose file is missing, or whose length cannot be told goes to `bad`, as
-    does the second row with an id. `read` gives at most round(duration_s * 16000) samples. The
-    fingerprint takes in all fields of the clips, audio names as written, and sizes of files.
+    A row that is no clip, whose file is missing, or whose length cannot be told or is over
+    `LONGEST_S` goes to `bad`, as does the second row with an id. `read` gives at most
+    round(duration_s * 16000) samples. The fingerprint takes in all fields of the clips, audio
+    names as written, and sizes of files.
     Raises UserError for a set that cannot be read, has no valid clip, no row of its split, or
     lacks a column that `source.columns` names; a column named "" is none. With a schema, parquet
     files are read as its adapter says; manifests and shards are what `prepare` made of them. What
@@ -105,23 +103,21 @@ def open_source(
 
     Args:
       files: parquet files to read, instead of those that `source.path` names.
+      held: where they have sound in them for a while, if `files` are without (`hub_files.py`).
       null_is_empty: a text that is null counts as an empty one; else such a row is bad.
-      unlabelled: a schema without text is wanted; else it is an error, for texts are "" there.
+      unlabelled: texts are not wanted; else a schema without text is an error.
     """
     source = _allowed(source, unlabelled)
+    if source.split and read_origin(Path(source.path).expanduser()).get("split") == source.split:
+        source = replace(source, split=None)  # shards of that split alone
     table = _table(source, files)
-    rows, bad, removed = _parse(source, table, null_is_empty)
-    read, measure = _readers(table.audio_column)
+    selection = Selection.of(source)
+    rows, bad, removed = _parse(source, table, selection, null_is_empty)
+    lists = selection.absent(len(bad))
+    parquet = AudioColumn(table.audio_column)
     sizes = dict(_in_threads(lambda file: (file, _size(file)), {row.place.file for row in rows}))
-
-    def complete(row: _Found) -> Clip | BadClip:
-        try:
-            return _complete(row, sizes[row.place.file], measure)
-        except BadClip as fault:
-            return fault
-
     kept: dict[str, tuple[_Found, Clip]] = {}
-    for row, clip in zip(rows, _in_threads(complete, rows), strict=True):
+    for row, clip in zip(rows, _completed(rows, sizes, parquet, held), strict=True):
         if isinstance(clip, BadClip):
             bad.append((row.where, clip))
         elif clip.id in kept and table.repeats:
@@ -133,18 +129,17 @@ def open_source(
             kept[clip.id] = row, clip
     if not kept:
         raise _no_clip(source, bad, removed)
-    clips = tuple(clip for _, clip in kept.values())
-    places = [row.place for row, _ in kept.values()]
+    places, clips = zip(*((row.place, clip) for row, clip in kept.values()), strict=True)
     return ClipSet(
         name=source.name,
         clips=clips,
-        read=lambda index: read(places[index], clips[index].duration_s),
+        read=Sounds(list(places), [clip.duration_s for clip in clips], parquet),
         fingerprint=_fingerprint(clips, places, sizes),
         bad=tuple(bad),
         share=source.share,
         files=tuple("" if p.row is not None or p.piece else str(p.file.absolute()) for p in places),
         removed=tuple(removed),
-        notes=tuple(f"has no column {path}" for path in dict.fromkeys(table.lacking)),
+        notes=(*(f"has no column {path}" for path in dict.fromkeys(table.lacking)), *lists),
     )
 
 
@@ -157,6 +152,8 @@ def _allowed(source: Source, unlabelled: bool) -> Source:
             "An empty text would say that nobody speaks.",
             "Give it pseudo-labels first.",
         )
+    if unlabelled and not source.schema:
+        source = replace(source, columns=replace(source.columns, text="", context="", segments=""))
     return filled(source)
 
 
@@ -170,8 +167,8 @@ def _absent(sources: Sequence[Source]) -> UserError:
         f"{paths}: no such file or folder",
         f"these are made from the hub's {', '.join(hubs)}, which are gated: accept their terms "
         "on https://huggingface.co/datasets/... and log in with `hf auth login`",
-        "then `hebasr prepare --config FILE` makes the training sets, and `hebasr split` dev sets "
-        "of them; or set data.train.0.path to data of your own",
+        "then `hebasr prepare --config FILE` fetches sets, and `hebasr panel --config FILE` "
+        "makes dev sets of them; or set data.train.0.path to data of your own",
     )
 
 
@@ -236,7 +233,7 @@ def _parquet_table(files: Sequence[Path], folder: Path, columns: Columns) -> Row
     names = [path.split(".")[0] for path in astuple(columns)]
     for file in files:
         there = column_names(file)
-        if columns.text.split(".")[0] not in there:
+        if columns.text and columns.text.split(".")[0] not in there:
             raise no_column(file, "text", columns.text, there)
         name = file.relative_to(folder).as_posix()
         for number, row in enumerate(parquet_rows(file, columns.audio, [*names, "split"])):
@@ -261,10 +258,9 @@ def _parsed(lines: Iterable[tuple[str, bytes]]) -> Rows:
             yield where, fault
 
 
-def _parse(source: Source, table: _Table, null_is_empty: bool) -> _Parsed:
+def _parse(source: Source, table: _Table, selection: Selection, null_is_empty: bool) -> _Parsed:
     """Rows of the split that are wanted as clips, and what is none."""
     rows, bad, removed = parsed = _Parsed([], [], [])
-    selection = Selection.of(source)
     others: set[str] = set()
     named = zip(astuple(table.columns), astuple(Columns()), strict=True)
     unseen = {path for path, usual in named if path not in (usual, "")}
@@ -301,43 +297,41 @@ def _parse(source: Source, table: _Table, null_is_empty: bool) -> _Parsed:
     return parsed
 
 
-def _readers(audio_column: str) -> tuple[Read, Callable[[Place], float]]:
-    """How to get the samples of a place, and how to find out how many seconds there are."""
-    parquet, read_record = AudioColumn(audio_column), shard_reader()
+def _completed(
+    rows: Sequence[_Found], sizes: dict[Path, int | None], parquet: AudioColumn, held: Held | None
+) -> list[Clip | BadClip]:
+    """Each row as a clip with its duration, or why it is none; file by file where they are held."""
+    places = [row.place for row in rows]
+    sounds = Sounds(places, [row.clip.duration_s for row in rows], parquet)
 
-    def read(place: Place, duration_s: float) -> np.ndarray:
-        if place.row is None:
-            return _read_file(place.file, place, duration_s)
-        if place.file.suffix == SUFFIX:
-            return read_record(place.file, place.row, place.name)
-        with as_file(parquet.read(place.file, place.row, place.name)) as file:
-            return _read_file(file, place, duration_s)
+    def complete(part: Sounds, row: _Found, index: int) -> Clip | BadClip:
+        try:
+            return _complete(row.clip, row.place.file, sizes[row.place.file], part, index)
+        except BadClip as fault:
+            return fault
 
-    def measure(place: Place) -> float:
-        if place.row is None:
-            return sound_duration_s(place.file, place.name)
-        if place.file.suffix == SUFFIX:
-            return len(read(place, 0.0)) / SAMPLE_RATE
-        with as_file(parquet.read(place.file, place.row, place.name)) as file:
-            return sound_duration_s(file, place.name)
-
-    return read, measure
-
-
-def _read_file(file: Path, place: Place, duration_s: float) -> np.ndarray:
-    if place.piece:
-        return read_piece(file, *place.piece, place.name)
-    return read_sound(file, duration_s, place.name)
+    made: list[Clip | BadClip] = []
+    by_file = itertools.groupby(
+        range(len(rows)), lambda index: places[index].file if held else Path()
+    )
+    for file, group in by_file:
+        indices = list(group)
+        lacking = held and not all(sounds.durations_s[index] for index in indices)
+        with held([file]) if held and lacking else contextlib.nullcontext({}) as moved:
+            part = sounds.part(indices).moved(moved)
+            some = [(part, rows[index], number) for number, index in enumerate(indices)]
+            made += _in_threads(lambda given: complete(*given), some)
+    return made
 
 
-def _complete(row: _Found, size: int | None, measure: Callable[[Place], float]) -> Clip:
+def _complete(clip: Clip, file: Path, size: int | None, sounds: Sounds, index: int) -> Clip:
     """The clip with its duration, once its file is known to be there. Raises `BadClip`."""
     if not size:
-        reason = "no such file" if size is None else "is empty (zero bytes)"
-        raise BadClip(reason, str(row.place.file))
-    clip = row.clip
+        raise BadClip("no such file" if size is None else "is empty (zero bytes)", str(file))
     if not clip.duration_s:
-        clip = replace(clip, duration_s=measure(row.place))
+        clip = replace(clip, duration_s=sounds.measure(index))
+    if clip.duration_s > LONGEST_S:
+        raise BadClip(f"lasts over {LONGEST_S / 3600:g} hours", f"{clip.duration_s:.0f} s: cut it")
     check_segments(clip)
     return clip
 
@@ -371,9 +365,15 @@ def _fingerprint(
 
 def _plain(clip: Clip) -> list[Any]:
     segments = [(segment.start_s, segment.end_s, segment.text) for segment in clip.segments]
-    quality = [] if clip.quality is None else [clip.quality]  # older sets keep their fingerprint
-    plain = [value for name, value in vars(clip).items() if name not in ("segments", "quality")]
-    return [*plain, segments, *quality]
+    later = (
+        "quality",
+        "synthetic",
+        "pseudo_label",
+    )  # where they say nothing, older sets keep their fingerprint
+    plain = [value for name, value in vars(clip).items() if name not in ("segments", *later)]
+    quality = [] if clip.quality is None else [clip.quality]
+    flags = ["synthetic"] * clip.synthetic + ["pseudo_label"] * clip.pseudo_label
+    return [*plain, segments, *quality, *flags]
 
 
 def _no_clip(

@@ -43,8 +43,10 @@ def make_table(
         counts = count_tokens(clip_set.clips, tokenizer, text, joined=data.join_share > 0)
         usable_C, left_out[clip_set.name] = _usable(clip_set, counts[0], data)
         index_C = np.flatnonzero(usable_C)
-        infos.append(SetInfo(clip_set.name, len(index_C), clip_set.share, clip_set.fingerprint))
         clips = [clip_set.clips[index] for index in index_C]
+        synthetic = sum(clip.synthetic for clip in clips)
+        told = clip_set.name, len(clips), clip_set.share, clip_set.fingerprint, synthetic
+        infos.append(SetInfo(*told))
         recordings: dict[str, int] = {"": -1}
         columns.append(
             [
