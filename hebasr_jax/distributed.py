@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +37,11 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
         return
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=START_TIMEOUT_S
+            coordinator,
+            processes,
+            process,
+            local_gpus(os.environ, gpus_seen(os.environ)),
+            initialization_timeout=START_TIMEOUT_S,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -43,6 +49,41 @@ def start(coordinator: str | None, processes: int | None, process: int | None) -
             str(error).splitlines()[0],
             "check that each host reaches the coordinator's port and has its own process number",
         ) from None
+
+
+def local_gpus(environment: Mapping[str, str], seen: int) -> list[int] | None:
+    """The GPUs that a Slurm task takes: an equal part of those that it sees; None elsewhere.
+
+    Left to itself JAX takes number SLURM_LOCALID alone: of one task on a node of eight GPUs seven
+    would idle, and a task that Slurm binds to its own GPU would look for one that it cannot see.
+    """
+    if "SLURM_LOCALID" not in environment or not seen:
+        return None
+    counts = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 8(x2),4
+    on_node = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+        for _ in range(int(times or 1))
+    ]
+    tasks = on_node[int(environment.get("SLURM_NODEID", "0"))]
+    if "SLURM_GPUS_PER_TASK" in environment or seen < tasks:  # bound: it sees its own only
+        return list(range(seen))
+    if seen % tasks:
+        raise UserError(
+            f"{tasks} tasks on a node cannot share {seen} GPUs",
+            "each takes the same number",
+            "start one task for each GPU, or one for each node",
+        )
+    own, each = int(environment["SLURM_LOCALID"]), seen // tasks
+    return list(range(own * each, (own + 1) * each))
+
+
+def gpus_seen(environment: Mapping[str, str]) -> int:
+    """NVIDIA GPUs that this process may use, without loading a driver."""
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return len([one for one in given.split(",") if one.strip()])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def is_first() -> bool:

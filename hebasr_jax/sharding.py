@@ -6,6 +6,7 @@ The rows of TABLE name the axis of a leaf that is cut; a leaf that the devices d
 there is kept whole on each of them.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -91,6 +92,31 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*(None,) * axis, CUT))
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(layer: Any, mesh: Mesh) -> Any:
+    """A layer's weights, whole on every device while it runs; their gradients are cut again.
+
+    A matrix of a layer is cut along its first axis, which in a stack of layers is the second.
+    """
+    return jax.lax.with_sharding_constraint(layer, replicated(mesh))
+
+
+def _gathered_fwd(layer: Any, mesh: Mesh) -> tuple[Any, None]:
+    return gathered(layer, mesh), None
+
+
+def _gathered_bwd(mesh: Mesh, _: None, grads: Any) -> tuple[Any]:
+    def cut(grad: jax.Array) -> jax.Array:
+        divides = grad.ndim == 2 and not grad.shape[0] % mesh.shape[CUT]
+        place = PartitionSpec(CUT) if divides else PartitionSpec()
+        return jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, place))
+
+    return (jax.tree.map(cut, grads),)
+
+
+gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
 def parameter_path(path: Any) -> str:

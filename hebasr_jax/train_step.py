@@ -6,7 +6,7 @@ batch (int16 waves, token ids)
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from hebasr_jax.audio import SAMPLE_RATE
@@ -27,7 +27,7 @@ from hebasr_jax.model.asr import Inputs, Params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.paths import flat, is_stacked, nested
 from hebasr_jax.run_config import Augment
-from hebasr_jax.sharding import replicated, rows, shardings
+from hebasr_jax.sharding import ROWS, replicated, rows, shardings
 
 
 @struct.dataclass
@@ -105,8 +105,7 @@ def train_step(
     total = jnp.maximum(jnp.sum(batch.in_loss_BX), 1)
     placed = shardings(state.trained, step.mesh)
     weights, frozen = (cast(tree, step.compute.dtype) for tree in (state.trained, state.frozen))
-    if step.gather == "step":
-        weights, frozen = jax.lax.with_sharding_constraint((weights, frozen), replicated(step.mesh))
+    weights, frozen = (_gather(tree, step) for tree in (weights, frozen))
 
     def add(sums: tuple[Array, Params], micro: Batch) -> tuple[tuple[Array, Params], None]:
         loss, grads = jax.value_and_grad(micro_loss)(
@@ -143,15 +142,23 @@ def micro_loss(
     step: Step,
 ) -> Float[Array, ""]:
     """A micro-batch's part of the mean loss over `total` target tokens."""
-    inputs = prepare_inputs(
-        batch,
-        noise_NS,
-        augment=step.augment,
-        audio_s=step.audio_s,
-        mel_bins=step.model.encoder.mel_bins,
+    # Told to stay on each device's own rows: XLA would gather all rows for the Fourier transform.
+    prepare = jax.shard_map(
+        partial(
+            prepare_inputs,
+            augment=step.augment,
+            audio_s=step.audio_s,
+            mel_bins=step.model.encoder.mel_bins,
+        ),
+        mesh=step.mesh,
+        in_specs=(ROWS, PartitionSpec()),
+        out_specs=ROWS,
+        check_vma=False,
     )
+    inputs = prepare(batch, noise_NS)
     above, below = assemble(trained, frozen)
-    asr = bind(above, step.model, step.compute, below)
+    by_layer = step.mesh if step.gather == "layer" else None
+    asr = bind(above, step.model, replace(step.compute, gather=by_layer), below)
     loss, _ = next_token_loss(asr, inputs, batch.in_loss_BX, rows=step.loss_rows)
     return loss / total
 
@@ -197,6 +204,13 @@ def cast(params: Params, dtype: Any) -> Params:
             for path, leaf in flat(params).items()
         }
     )
+
+
+def _gather(params: Params, step: Step) -> Params:
+    """Weights whole on every device; of stacks only where they are not gathered layer by layer."""
+    leaves = flat(params)
+    now = {path: w for path, w in leaves.items() if step.gather == "step" or not is_stacked(path)}
+    return nested(leaves | jax.lax.with_sharding_constraint(now, replicated(step.mesh)))
 
 
 def _cut(x_B: Array, parts: int) -> Array:

@@ -4,29 +4,33 @@ Prints one JSON object; tests/test_sharding.py reads it.
 """
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from reference import noise, tiny_folder
 from step_work import collectives
 from test_train_step import ALL, make_batch, make_step
 
 from hebasr_jax.distributed import place_rows, place_whole
+from hebasr_jax.model.layers import Compute
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Group
 from hebasr_jax.sharding import bytes_per_device, make_mesh, replicated, rows, shardings
 from hebasr_jax.slots import Utterance, decode_all
 from hebasr_jax.text import Prompt
-from hebasr_jax.train_step import compile_step
+from hebasr_jax.train_step import compile_step, lower_step
 from hebasr_jax.transcribe import load_recognizer
 
 BATCHES = [make_batch([32000, 9000, 20011, 5000] * 4, seed=seed) for seed in range(3)]
 
 
-def run(devices: int, **changes) -> dict:
+def run(devices: int, cut_over: int | None = None, **changes) -> dict:
     """Three steps on so many devices."""
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, cut_over)
     stage = replace(ALL, decoder=Group(1e-3, trained_layers=2))
     step, state = make_step(stage, mesh=mesh, **changes)
     state = jax.tree.map(lambda x, s: place_whole(np.asarray(x), s), state, shardings(state, mesh))
@@ -46,6 +50,19 @@ def run(devices: int, **changes) -> dict:
         "cut": sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state)),
         "text": compiled.as_text(),
     }
+
+
+def gathered() -> dict[str, int]:
+    """Values of the weights that a bfloat16 step wants whole, by type; XLA on a CPU widens them."""
+    mesh = make_mesh(8)
+    step, state = make_step(ALL, mesh=mesh, compute=Compute(jnp.bfloat16))
+    text = lower_step(step, state, BATCHES[0], None).as_text()
+    weights = text[: text.index("stablehlo.while")]  # the scan over micro-batches comes behind
+    found: dict[str, int] = {}
+    wanted = r"sharding_constraint %\w+ <@mesh, \[[{}, ]*\]> : tensor<([\dx]+)x(\w+)>"
+    for sizes, kind in re.findall(wanted, weights):
+        found[kind] = found.get(kind, 0) + math.prod(map(int, sizes.split("x")))
+    return found
 
 
 def heard(devices: int) -> list:
@@ -74,6 +91,7 @@ def main() -> None:
     for name, changes in {
         "step": {},
         "layer": {"gather": "layer", "micro_batches": 2},
+        "copies": {"cut_over": 2, "micro_batches": 2},
     }.items():
         many = run(8, **changes)
         errors = {
@@ -84,6 +102,7 @@ def main() -> None:
         found[name] = {key: many[key] for key in ("losses", "norms", "bytes", "cut")}
         found[name]["worst"] = max(errors.values())
         found[name]["collectives"] = collectives(many["text"])
+    found["gathered"] = gathered()
     found["heard"] = [heard(devices) for devices in (1, 8)]
     print(json.dumps(found))
 

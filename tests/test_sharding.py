@@ -33,7 +33,7 @@ def found() -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", ["step", "layer"])
+@pytest.mark.parametrize("name", ["step", "layer", "copies"])
 def test_eight_devices_equal_one(found, name) -> None:
     single, many = found["single"], found[name]
     assert many["losses"] == pytest.approx(single["losses"], rel=1e-5)
@@ -41,7 +41,7 @@ def test_eight_devices_equal_one(found, name) -> None:
     assert many["worst"] < 1e-3
 
 
-@pytest.mark.parametrize("name", ["step", "layer"])
+@pytest.mark.parametrize("name", ["step", "layer", "copies"])
 def test_no_more_is_exchanged_than_the_budget_has(found, name) -> None:
     """Most of each kind in the compiled program, with some room for other versions of XLA."""
     budget = json.loads((HERE / "step_budget.json").read_text())["collectives"][name]
@@ -58,7 +58,13 @@ def test_eight_devices_hear_what_one_hears(found) -> None:
 
 def test_weights_and_moments_are_cut_over_the_devices(found) -> None:
     assert found["step"]["cut"] > 50
+    assert found["step"]["bytes"] < found["copies"]["bytes"] < found["single"]["bytes"]
     assert found["step"]["bytes"] < 0.35 * found["single"]["bytes"]  # the tiny tables do not divide
+
+
+def test_matrices_are_gathered_in_bfloat16(found) -> None:
+    """Vectors stay in float32, as they enter the sums."""
+    assert found["gathered"]["bf16"] > 20 * found["gathered"]["f32"]
 
 
 def test_every_parameter_has_one_row_of_the_table() -> None:
@@ -78,3 +84,8 @@ def test_moments_are_known_by_the_parameter_that_ends_their_path() -> None:
 def test_devices_that_are_not_there_are_refused() -> None:
     with pytest.raises(UserError, match=r"compute\.devices = 99"):
         make_mesh(99)
+
+
+def test_copies_are_of_equal_size() -> None:
+    with pytest.raises(UserError, match=r"compute\.cut_over = 3 does not divide 1 devices"):
+        make_mesh(1, cut_over=3)

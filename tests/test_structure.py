@@ -18,7 +18,7 @@ MODULES = sorted((ROOT / "hebasr_jax").rglob("*.py"))
 LEVELS = [
     {"", "errors", "charts", "paths", "card_text", "output_style", "sound_level"},
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
-    {"identity", "benchmark_sets"},
+    {"identity", "benchmark_sets", "sharding"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
     {"silence", "subtitles"},
     {"card", "upload", "page", "hypotheses", "significance"},
@@ -30,7 +30,6 @@ LEVELS = [
         "data.clips",
         "data.espeak",
         "optim",
-        "sharding",
         "distributed",
         "flops",
     },

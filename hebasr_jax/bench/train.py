@@ -120,7 +120,7 @@ def against_plain_attention(settings: Settings) -> Row:
     """The loss of a few rows, by the run's attention and by XLA's: they agree within 1e-2."""
     mesh = local_mesh()
     compute = step_compute(Config(compute=settings.compute))
-    batch = work.full_batch(settings.model, _ORACLE_ROWS)
+    batch = work.full_batch(settings.model, _ORACLE_ROWS * mesh.size)
     trained, frozen = split(init_params(settings.model, jax.random.key(0)), Stage())
     total = jnp.asarray(batch.in_loss_BX.sum(), jnp.float32)
     found = {}

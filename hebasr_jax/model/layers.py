@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from hebasr_jax.model.attention import Kernel, matmul_precision
+from hebasr_jax.sharding import gathered
 
 Remat = Literal["none", "dots", "full"]
 
@@ -26,12 +29,14 @@ class Compute:
       products and of attention, or the whole layer.
     unroll: layers follow each other in the program instead of in a loop, which copies weights and
       what is kept in and out of stacks; programs take longer to compile.
+    gather: mesh that a layer's weights are cut over until it runs; None: they are whole.
     """
 
     dtype: DTypeLike = jnp.float32
     kernel: Kernel = "xla"
     remat: Remat = "none"
     unroll: bool = False
+    gather: Mesh | None = None
 
 
 def linear(n_in: int, n_out: int, bias: bool, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
@@ -126,6 +131,9 @@ def scan_layers(
         ),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
+    if (mesh := compute.gather) is not None:
+        body = partial(_gather_and_run, body, mesh)
+
     if compute.remat != "none":
         body = jax.checkpoint(body, policy=policies[compute.remat])
     kept = []
@@ -133,6 +141,10 @@ def scan_layers(
         x, ys = jax.lax.scan(lambda x, layer: body(layer, x), x, layers, unroll=compute.unroll)
         kept.append(ys)
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+
+
+def _gather_and_run(body: Any, mesh: Mesh, layer: Any, x: Array) -> tuple[Array, Any]:
+    return body(gathered(layer, mesh), x)
 
 
 def _saves_attention(primitive: Any, *operands: Any, **settings: Any) -> bool:
