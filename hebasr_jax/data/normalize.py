@@ -28,16 +28,20 @@ _SIGNS = str.maketrans(
 
 _CLOSED_BY = {")": "(", "]": "[", ">": "<"}
 _BRACKET = re.compile(r"[()\[\]<>]")
+_LESS = re.compile(r"<\s*\d")  # a comparison: what follows is said
 _LONGEST_REMARK = 200  # characters; a pair further apart is two signs without a partner
 
 _LOOSE_MARK = re.compile(r" +(?=[.,;:!?](?: |$))")
 _WORD = r"[\u05d0-\u05ea]+(?:['\"-]+[\u05d0-\u05ea]+)*'?"
-_TITLE = (
-    'ה?יו"ר|(?:ה?יושבת?|יושבי)[ -]ראש|חה?"כ|ח(?:בר|ברת)[ -]הכנסת|ראש[ -]הממשלה|'
-    "(?:סגן|סגנית)[ -]ה?שרת?|השר|השרה|שר|שרת|מר|ה?גב'|ה?גברת|ד\"ר|פרופ'|פרופסור|עו\"ד|"
+_OFFICE = (  # the words behind it are the office's and the name's
+    'ה?יו"ר|(?:ה?יושבת?|יושבי)[ -]ראש|ראש[ -]הממשלה|(?:סגן|סגנית)[ -]ה?שרת?|השר|השרה|שר|שרת|'
     "מזכירת?[ -]הכנסת"
 )
-_TITLED = re.compile(rf"\s*(קריאה|קריאות|(?:{_TITLE})(?:\s+{_WORD}){{0,5}})\s*:(?=\s|$)")
+_PERSON = 'חה?"כ|ח(?:בר|ברת)[ -]הכנסת|מר|ה?גב\'|ה?גברת|ד"ר|פרופ\'|פרופסור|עו"ד'
+_TITLED = re.compile(
+    rf"\s*(קריאה|קריאות|(?:{_OFFICE})(?:\s+{_WORD}){{0,5}}|(?:{_PERSON})(?:\s+{_WORD}){{0,3}})"
+    r"\s*:(?=\s|$)"
+)
 _SENTENCE_ENDS = (".", "!", "?", "…", '"', "-", "–", "—")  # a dash: somebody was cut short
 _NAME_LINE = re.compile(rf"\s*({_WORD}(?:\s+{_WORD}){{1,3}})\s*:\s*")
 # A colon behind one of these introduces what somebody said: that is speech, and no label.
@@ -64,9 +68,9 @@ def normalize_hebrew(text: str) -> str:
     2. Every encoding of gershayim and geresh is ASCII, `''` between two letters is `"`, maqaf is
     `-`, and paseq and sof pasuq are a space. 3. Remarks in `()`, `[]` and `<>` go, as in the
     scorer, and a bracket without a partner goes alone: no words go because of it. 4. A speaker's
-    label at the start of a line goes: a title and at most five words before a colon, or a line
-    of its own, of two to four words and a colon, with speech below. 5. White space is one space,
-    and none before a mark that ends a word.
+    label at the start of a line goes: an office and at most five words before a colon, a person's
+    title and at most three, or a line of its own, of two to four words and a colon, with speech
+    below. 5. White space is one space, and none before a mark that ends a word.
 
     For every string; twice is as once.
     """
@@ -87,7 +91,9 @@ def _without_remarks(text: str) -> str:
     pieces: list[tuple[int, int]] = []
     for found in _BRACKET.finditer(text):
         at = start = found.start()
-        if found[0] in opened:
+        if _LESS.match(text, at):
+            pass
+        elif found[0] in opened:
             opened[found[0]].append(at)
         elif partners := opened[_CLOSED_BY[found[0]]]:
             partner = partners.pop()
