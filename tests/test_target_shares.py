@@ -227,6 +227,9 @@ def test_the_recipes_dry_run_on_local_sets(name, local, capsys) -> None:
                 *(f"stages.{n}.encoder.trained_layers=1" for n in range(1, count)),
                 *(f"data.train.{n}.path={local / 'set.jsonl'}" for n in range(len(data.train))),
                 *(f"data.dev.{n}.path={local / 'set.jsonl'}" for n in range(len(data.dev))),
+                *(f"data.train.{n}.without=" for n in range(len(data.train))),
+                *(f"data.dev.{n}.only=None" for n in range(len(data.dev))),
+                *(f"data.dev.{n}.split=None" for n in range(len(data.dev))),
             ],
         )
     )

@@ -134,7 +134,7 @@ def _clips(source: Path | None) -> list[tuple[bytes, float]]:
     made, at = [], 0
     for samples in samples_C:
         if wave_S is None:
-            wave = work.noise(rng, samples).astype(np.float32) / 32768
+            wave = work.noise(rng, int(samples)).astype(np.float32) / 32768
         else:
             wave = np.take(wave_S, np.arange(at, at + samples), mode="wrap")
             at += samples
