@@ -2,15 +2,17 @@
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hebasr_jax.data.prepare_command import progress
 from hebasr_jax.errors import UserError
+from hebasr_jax.flags import given, refuse_unread
 from hebasr_jax.hypotheses import read_texts
 from hebasr_jax.run_config import Columns, Source
 
 _STOP = 3
+_OF_SOURCE = {"source", "name", "split", "columns", "schema"}  # flags that --config does not read
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Audit:
     schema: str = ""
     """hub set that --source is a copy of, such as crowd-transcribe-v5; "": none"""
     accept_licence: bool = False
-    """read --schema although its licence is non-commercial or not stated"""
+    """read sets, of --schema or a config, whose licence is non-commercial or not stated"""
     second: Path | None = None
-    """another transcript: JSONL with `id` and `text` in each line"""
+    """another transcript: JSONL with `id` and `text` in each line. The verdict is by it where it
+    has at least half of a set's texts"""
     min_quality: float | None = None
-    """remove clips with a lower quality score"""
+    """remove clips with a lower quality score, or none"""
     sample: int = 400
     """clips whose text is compared with the sound for the verdict"""
     seed: int = 0
@@ -51,22 +54,28 @@ class Audit:
     def run(self) -> int:
         from hebasr_jax.data.adapters import filled
         from hebasr_jax.data.audit import Limits, audit_set
-        from hebasr_jax.data.audit_card import told, write_audit
+        from hebasr_jax.data.audit_card import refuse_set, told, write_audit
         from hebasr_jax.data.sources import describe, open_source
 
         if self.sample < 1 or self.threads < 1 or self.seed < 0:
             raise UserError("--sample and --threads must be positive, --seed not negative")
         second = read_texts(self.second) if self.second else None
-        stop = False
-        for folder, source in self._sources().items():
+        sources, stop = self._sources(), False
+        for folder in sources:
+            refuse_set(folder)
+        for folder, source in sources.items():
             clip_set = open_source(source)
             _say(describe(clip_set))
+            known = second
+            if self.config and second and not any(c.id in second for c in clip_set.clips):
+                _say(f"{source.name}: {self.second} has none of its clips: judged without it")
+                known = None
             total_s = sum(clip.duration_s for clip in clip_set.clips)
             with progress(clip_set.name, total_s) as advance:
                 audit = audit_set(
                     clip_set,
                     Limits(min_quality=self.min_quality),
-                    second=second,
+                    second=known,
                     sample=self.sample,
                     seed=self.seed,
                     threads=self.threads,
@@ -97,9 +106,16 @@ class Audit:
         from hebasr_jax.config_file import load_config
 
         assert self.config is not None
+        refuse_unread(self, given(self).keys() - _OF_SOURCE, "--config")
         data = load_config(self.config).config.data
         sets = {"train": data.train, "dev": data.dev}
-        folders = {self.out / use / source.name: source for use in sets for source in sets[use]}
+        folders = {
+            self.out / use / source.name: replace(
+                source, accept_licence=source.accept_licence or self.accept_licence
+            )
+            for use in sets
+            for source in sets[use]
+        }
         for source in folders.values():
             if not re.fullmatch(r"[^\W.][^/\\\0]*", source.name):
                 raise UserError(f"set {source.name!r} cannot name a folder")

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from hebasr_jax.errors import UserError
+from hebasr_jax.flags import given, refuse_unread
 
 _SLOTS = (64, 128, 256, 512)
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -148,18 +149,11 @@ class Bench:
                 f"--work {sorted(foreign)[0]} is no part of {self.what}",
                 f"its parts are {', '.join(_PARTS.get(self.what, ())) or 'not told apart'}",
             )
-        for name in self._given().keys() - _READ[self.what] - _ALWAYS:
-            raise UserError(f"--{name.replace('_', '-')} is not for {self.what}", do="leave it out")
-
-    def _given(self) -> dict[str, Any]:
-        """Flags that are not at their defaults."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        defaults = {field.name: field.default for field in fields(self)}
-        return {name: value for name, value in values.items() if value != defaults[name]}
+        refuse_unread(self, _READ[self.what] | _ALWAYS, self.what)
 
     def _command(self) -> str:
         words = ["hebasr", "bench", self.what]
-        for name, value in self._given().items():
+        for name, value in given(self).items():
             if name != "what":
                 words.append(f"--{name.replace('_', '-')}")
                 words += (

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 
 from hebasr_jax.config_file import DEFAULT, LoadedConfig, flatten
-from hebasr_jax.data.clips import synthetic_warnings
 from hebasr_jax.data.plan import plan_table
 from hebasr_jax.data.sources import is_there
 from hebasr_jax.errors import UserError
@@ -52,8 +51,8 @@ def dry_run(loaded: LoadedConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="hebasr-dry-run-") as folder:
         setup = set_up(config, Path(folder) / "model", Path(folder) / "quarantine.jsonl")
         hours = [_show_stage(setup, part) for part in setup.parts]
-        for line in synthetic_warnings(setup.dev_sets):
-            print(f"warning: {line}")
+        for line in setup.remarks:
+            print(line)
         left_out = [
             {"set": name, "reason": reason, "clips left out": count}
             for name, reasons in setup.left_out.items()

@@ -23,7 +23,7 @@ from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import Choice, compare, describe, finite
 from hebasr_jax.card import write_card
 from hebasr_jax.data.adapters import filled
-from hebasr_jax.data.clips import ClipSet, synthetic_warnings
+from hebasr_jax.data.clips import Clip, ClipSet, synthetic_warnings
 from hebasr_jax.data.shards import read_origin
 from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import any_host, is_first, on_first, place_whole
@@ -176,6 +176,7 @@ def final_facts(setup: Setup, choice: Choice, test: Mapping[str, Any], key: str)
 def _data(setup: Setup) -> dict[str, Any]:
     """The sets that any stage trains on, with the clips that it can use."""
     sources = {source.name: filled(source) for source in setup.config.data.train}
+    opened = {clip_set.name: clip_set.clips for clip_set in setup.sets}
     rows: dict[str, Any] = {}
     for part in setup.parts:
         table = part.feed.table
@@ -185,24 +186,27 @@ def _data(setup: Setup) -> dict[str, Any]:
             at = f"{commit}; " if (commit := origin.get("revision")) else ""
             rows[info.name] = {
                 "path": source.path,
-                "hub": source.hub,
+                "hub": source.hub or origin.get("hub"),
                 "revision": f"{at}what was read has fingerprint {info.fingerprint[:16]}",
                 "licence": source.licence or origin.get("licence"),
                 "hours": float(table.samples_C[first:last].sum()) / SAMPLE_RATE / 3600,
                 "clips": info.clips,
                 "synthetic": info.synthetic,
-                "labels": _labels(origin),
+                "labels": _labels(origin, opened[info.name]),
             }
     return rows
 
 
-def _labels(origin: Mapping[str, Any]) -> str | None:
-    """Who wrote a set's texts, where models did."""
-    told = origin.get("pseudo_labels")
-    if not told:
+def _labels(origin: Mapping[str, Any], clips: Sequence[Clip]) -> str | None:
+    """Who wrote a set's texts, and of how many clips, where models did."""
+    told, made = origin.get("pseudo_labels"), sum(clip.pseudo_label for clip in clips)
+    if not told and not made:
         return None
-    first, second = (Path(name).name if name.startswith("/") else name for name in told["by"])
-    return f"{first}, kept where {second} has at most {told['max_cer']:.0%} CER to it"
+    by = "a model that is not named"
+    if told:
+        first, second = (Path(name).name if name.startswith("/") else name for name in told["by"])
+        by = f"{first}, kept where {second} has at most {told['max_cer']:.0%} CER to it"
+    return f"{by} ({made:,} of {len(clips):,} clips)"
 
 
 def export_all(run: Run, choice: Choice, facts: dict[str, Any]) -> None:

@@ -163,6 +163,43 @@ def _unchecked(summary: dict[str, Any]) -> str:
     return told + (f"; {short:,} too short for a fingerprint" if short else "")
 
 
+def trained_on(train: Sequence[ClipSet], held: Sequence[ClipSet]) -> list[str]:
+    """A line for each dev or test set whose clips or recordings, by their names, are trained on.
+
+    A clip is the same where id and length are; where the id names nothing, the text as well. A
+    recording is one of a source. Nothing is listened to, unlike in `check_overlap`.
+    """
+    lines = []
+    clips = [(one.name, {_clip_key(clip) for clip in one.clips}) for one in train]
+    recordings = [(one.name, {_recording_key(clip) for clip in one.clips}) for one in train]
+    for one in held:
+        for what, named, key in (
+            ("clips", clips, _clip_key),
+            ("recordings", recordings, lambda clip: clip.recording and _recording_key(clip)),
+        ):
+            own = {found for clip in one.clips if (found := key(clip))}
+            shared = {name: len(own & theirs) for name, theirs in named if own & theirs}
+            if shared:
+                told = ", ".join(f"{count:,} in {name}" for name, count in shared.items())
+                lines.append(
+                    f"{one.name}: of its {len(own):,} {what} some are trained on: {told}; scores "
+                    "on it are too good. Name a list of them in `without` of the training set"
+                )
+                break
+    return lines
+
+
+def _clip_key(clip: Clip) -> tuple[str, ...]:
+    return clip.id, f"{clip.duration_s:.3f}", clip.text if _NO_NAME.fullmatch(clip.id) else ""
+
+
+def _recording_key(clip: Clip) -> tuple[str, str] | None:
+    """Source and recording; stitched clips have the source or speaker for a recording."""
+    name = clip.recording or clip.source or clip.speaker
+    nothing = not clip.source and _NO_NAME.fullmatch(name)
+    return None if nothing else (clip.source, name)
+
+
 def _summary(
     clip_set: ClipSet, bad: dict[int, BadClip], short: set[int], examples: int
 ) -> dict[str, Any]:

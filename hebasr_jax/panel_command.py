@@ -22,7 +22,8 @@ class Panel:
 
     Reads sets that `hebasr prepare` made. Writes dev sets, and for each training set the list of
     what must not be trained on, where the recipes of configs/ look for them. The same command
-    gives the same bytes; a set that is not there is left out, and told.
+    gives the same bytes. A set of the config that is not there is left out, and told; but a panel
+    that has it is not replaced by one without.
     """
 
     config: Path | None = None
@@ -42,7 +43,7 @@ class Panel:
     """of what is held out"""
 
     def run(self) -> int:
-        from hebasr_jax.data.panel import MEMBERS, build, request_of, rows_of
+        from hebasr_jax.data.panel import MEMBERS, build, request_of, rows_of, schemas_of
         from hebasr_jax.data.prepare_command import progress
         from hebasr_jax.data.splits import overlapping
 
@@ -59,8 +60,14 @@ class Panel:
                 "it is made of " + ", ".join(dict.fromkeys(m.schema for m in MEMBERS)),
                 "First `hebasr prepare --config FILE`, or give --sets SCHEMA=PATH.",
             )
-        rows = rows_of(self.out, request_of(parts))
+        rows = rows_of(self.out, request_of(parts, barred))
         if rows is None:
+            if lost := schemas_of(self.out) - set(parts):
+                raise UserError(
+                    f"{self.out}: the panel there has {', '.join(sorted(lost))}, this one has not",
+                    "a partial panel does not replace a fuller one",
+                    "Give that set as well, another --out, or remove the panel first.",
+                )
             stitched = [
                 (part.clip_set.clips, indices)
                 for part in parts.values()
@@ -120,9 +127,11 @@ class Panel:
         members = [member for member in MEMBERS if member.schema == schema]
         split = find_adapter(schema).splits[1 if members[0].hours is None else 0]
         source = _source_of(schema, split, train, dev, any_split=not self.config)
-        if source is None or not is_there(source):
+        # A path that --sets gives is opened, or is an error.
+        if source is None or (self.config and not is_there(source)):
             names = " and ".join(f"{member.name} ({member.stands_for})" for member in members)
-            path = f"{source.path} is not there" if source else "the config has no such set"
+            asked = "the config has no such set" if self.config else "no --sets names it"
+            path = f"{source.path} is not there" if source else asked
             _say(f"left out of the panel: {names}: made of {schema}, and {path}")
             return None
         inside = self.out.absolute()

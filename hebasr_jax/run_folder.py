@@ -104,28 +104,41 @@ def open_run(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        do = "wait for that run or stop it, or set another name"
+        handle = take_lock(folder / ".lock", "a run", do)
     except OSError as error:
         why = error.strerror or str(error)
         raise UserError(
             f"{folder} cannot be written", why, "set another name or runs_dir"
         ) from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
-        os.close(handle)
-        raise UserError(
-            f"{folder} is in use",
-            f"a run holds it: {owner}",
-            "wait for that run or stop it, or set another name",
-        ) from None
-    try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         os.close(handle)
+
+
+def take_lock(lock: Path, holder: str, do: str) -> int:
+    """Locks a file, made for it, on all hosts; who closes the handle that it returns lets go.
+
+    Its holder may remove the file before it lets go. Raises UserError, with `do`, where another
+    process holds it, and OSError.
+    """
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(handle)
+            what = f"{lock.parent} is in use"
+            raise UserError(what, f"{holder} holds it: {owner}", do) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), lock.stat()):  # else it was removed meanwhile
+                break
+        os.close(handle)
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle
 
 
 def was_trained(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from hebasr_jax.augment import load_noise
 from hebasr_jax.config import ModelConfig, layout_of, read_config
-from hebasr_jax.data.clips import ClipSet
+from hebasr_jax.data.clips import ClipSet, synthetic_warnings
 from hebasr_jax.data.pipeline import empty_batch, make_feed
 from hebasr_jax.data.plan import Bucket, plan_fingerprint
 from hebasr_jax.data.quality import Quarantine
@@ -30,6 +30,7 @@ from hebasr_jax.model.asr import Params, abstract_params
 from hebasr_jax.model.attention import pick_kernel
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.optim import group_rates, split
+from hebasr_jax.overlap import trained_on
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Config
 from hebasr_jax.sharding import make_mesh, replicated, shardings
@@ -48,6 +49,7 @@ class Setup:
     source: the model folder that training starts from; tokenizer_sha256 is of its tokenizer.
     files: a folder of the run's own with config and tokenizer files.
     shapes: of the model's parameters. parts: the stages.
+    remarks: lines for the user on the data: lists with ids of other sets, dev clips in training.
     """
 
     config: Config
@@ -65,6 +67,7 @@ class Setup:
     quarantine: Quarantine
     parts: tuple[Part, ...]
     noise_NS: Any
+    remarks: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -122,7 +125,17 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
         quarantine=quarantine,
         parts=make_parts(config, feed, shapes, row_multiple),
         noise_NS=None if noise is None else place_whole(noise, replicated(mesh)),
+        remarks=tuple(remarks_on(sets, dev_sets, open_sources(data.test))),
     )
+
+
+def remarks_on(
+    train: Sequence[ClipSet], dev: Sequence[ClipSet], test: Sequence[ClipSet]
+) -> list[str]:
+    """What the user should know of the data before a run, a line each."""
+    notes = (f"{one.name}: {note}" for one in (*train, *dev, *test) for note in one.notes)
+    warnings = [*synthetic_warnings(dev), *trained_on(train, [*dev, *test])]
+    return [*dict.fromkeys(notes), *(f"warning: {line}" for line in warnings)]
 
 
 def open_quarantine(sets: Sequence[ClipSet], config: Config, path: Path) -> Quarantine:

@@ -18,7 +18,7 @@ import numpy as np
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.checkpoint import CheckpointStore
 from hebasr_jax.config_file import LoadedConfig, dump
-from hebasr_jax.data.clips import Batch, synthetic_warnings
+from hebasr_jax.data.clips import Batch
 from hebasr_jax.data.pipeline import Item, stream
 from hebasr_jax.data.plan import Bucket, plan_table
 from hebasr_jax.distributed import any_host, is_first, local_rows, place_rows
@@ -45,7 +45,7 @@ from hebasr_jax.throughput import Window, work_of
 from hebasr_jax.tracking import MetricsLog, put_aside, read_metrics, training_display
 from hebasr_jax.train_step import TrainState, cast
 from hebasr_jax.upload import has_token
-from hebasr_jax.validate import load_dev_sets, validate
+from hebasr_jax.validate import DevSet, load_dev_sets, validate
 
 _FOREVER = 1 << 30  # epochs: a run ends by its steps
 
@@ -88,11 +88,7 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         run = Run(setup, folder, store, stop, log, show, send, say)
         run.programs.update(compile_programs(setup, trainee, say))
         if config.validation.every_steps:
-            run.dev_sets.extend(
-                load_dev_sets(
-                    setup.dev_sets, setup.tokenizer, config, setup.quarantine, setup.mesh.size
-                )
-            )
+            run.dev_sets.extend(dev_sets_of(setup, say))
         code = through_stages(run, trainee)
         store.wait()
         del trainee  # its state is on the disk now, and scoring takes memory
@@ -142,13 +138,24 @@ def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_cha
     write_json(folder / "plan.json", plan_tables(setup))
     for line in dict.fromkeys(x for part in setup.parts for x in part.feed.targets.warnings()):
         say(f"warning: {line}")
-    for line in synthetic_warnings(setup.dev_sets):
-        say(f"warning: {line}")
+    for line in setup.remarks:
+        say(line)
     for name, reasons in setup.left_out.items():
         for reason, count in reasons.items():
             say(f"{name}: {count} clips left out: {reason}")
     if len(setup.quarantine):
         say(f"{len(setup.quarantine)} clips cannot be used; see {folder / 'quarantine.jsonl'}")
+
+
+def dev_sets_of(setup: Setup, say: Say) -> list[DevSet]:
+    """The dev sets in memory; says which of their clips no score will know of."""
+    dev_sets = load_dev_sets(
+        setup.dev_sets, setup.tokenizer, setup.config, setup.quarantine, setup.mesh.size
+    )
+    for dev in dev_sets:
+        for reason, count in dev.left_out.items():
+            say(f"{dev.name}: {count} clips are not scored: {reason}")
+    return dev_sets
 
 
 def plan_tables(setup: Setup) -> dict[str, Any]:

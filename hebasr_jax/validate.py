@@ -4,6 +4,7 @@ A dev set is cut into batches of few shapes once, for the loss of the reference 
 hypotheses come from `transcribe`, the same code that a user runs.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,13 +85,13 @@ def load_dev_sets(
             # What is too long to train on is no less to be recognised.
             min_clip_s=HOP / SAMPLE_RATE,
             max_clip_s=MAX_CLIP_S,
-            max_text_tokens=config.data.max_text_tokens * 8,
         ),
     )
     found = []
     for whole in sets:
         good = _read_all(whole, config.validation.max_clips, quarantine)
-        feed = make_feed([good], tokenizer, plain, quarantine, row_multiple)
+        limits = replace(plain.data, max_text_tokens=_most_tokens(good, config))
+        feed = make_feed([good], tokenizer, replace(plain, data=limits), quarantine, row_multiple)
         plan = feed.plan(0)
         batches = []
         for number in range(len(plan)):
@@ -102,6 +103,14 @@ def load_dev_sets(
             left_out["cannot be read"] = unread
         found.append(DevSet(whole.name, tuple(batches), left_out))
     return found
+
+
+def _most_tokens(clips: ClipSet, config: Config) -> int:
+    """Text tokens that a row of the set may have: as many a second as in training, or eight times
+    what a row has there."""
+    longest_s = max((clip.duration_s for clip in clips.clips), default=0.0)
+    rows = max(8, math.ceil(longest_s / config.data.max_clip_s))
+    return config.data.max_text_tokens * rows
 
 
 def _read_all(clips: ClipSet, most: int | None, quarantine: Quarantine) -> ClipSet:

@@ -8,6 +8,7 @@ import pytest
 from hub_rows import FIRST, FLAGS, RATE, a_slice, check_sounds, crowd, write
 from stand_in_hub import child, served
 
+from hebasr_jax.audit_command import Audit
 from hebasr_jax.data.adapters import ADAPTERS, filled, find_adapter
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.sources import describe, open_source
@@ -293,3 +294,35 @@ def test_prepare_stops_when_too_many_texts_are_null(tmp_path) -> None:
     with pytest.raises(UserError, match=r"1 of 10 clips are bad(.|\n)*'sentence' is null"):
         command.run()
     assert replace(command, max_bad_share=0.2).run() == 0
+
+
+def test_a_licence_is_accepted_for_the_sets_of_a_config_too(tmp_path) -> None:
+    rows = [{"sentence": f"משפט {n}"} for n in range(3)]
+    source = write(tmp_path / "copy", "kan", rows)
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from hebasr_jax.run_config import Config, Data, Source\n"
+        f"kan = Source('kan', {source.path!r}, schema='kan')\n"
+        "def get_config(): return Config(data=Data(train=(kan,)))\n"
+    )
+    out = tmp_path / "out"
+    for make in (Prepare(out, config), Audit(out, config)):
+        with pytest.raises(UserError, match="its licence is not stated"):
+            make.run()
+        assert not out.exists()
+    assert Prepare(out, config, accept_licence=True).run() == 0
+    told = json.loads((out / "train" / "kan" / "origin.json").read_bytes())
+    assert told == {
+        "schema": "kan",
+        "hub": "imvladikon/hebrew_speech_kan",
+        "licence": None,
+        "split": "train",
+        "clips": 3,
+        "bad": 0,
+        "removed": 0,
+    }
+    assert Audit(tmp_path / "audit", config, accept_licence=True).run() == 0
+    with pytest.raises(UserError, match="--schema is not for --config"):
+        Audit(out, config, schema="kan").run()
+    with pytest.raises(UserError, match="--columns is not for --config"):
+        Audit(out, config, columns=Columns(text="sentence")).run()

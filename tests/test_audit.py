@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -238,15 +239,73 @@ def test_other_speakers_may_say_the_same(tmp_path) -> None:
 
 def test_quality_and_bad_second_transcripts(tmp_path) -> None:
     made = Planted(tmp_path / "set", 3)
+    made.rows[0]["quality"] = float(np.float32(0.7))
     made.rows[1]["quality"] = 0.2
     source = made.write()
-    assert run(source, tmp_path / "o", "--min-quality", "0.5") == 0
-    assert reasons(tmp_path / "o") == {"c01": "has a low quality score"}
+    assert run(source, tmp_path / "o", "--min-quality", "0.7") == 0
+    chosen = open_source(replace(source, min_quality=0.7))
+    assert [clip.id for clip in chosen.clips] == ["c00"]
+    assert reasons(tmp_path / "o") == dict(chosen.removed)
     for content in ('{"id": "other", "text": "א"}', '{"id": "c00"}', "", "[]"):
         file = tmp_path / "bad.jsonl"
         file.write_text(content, encoding="utf-8")
         with pytest.raises(UserError):
             Audit(tmp_path / "o", source=source.path, name="made", second=file).run()
+
+
+def test_a_second_transcript_of_few_texts_does_not_decide(tmp_path, capsys) -> None:
+    made = Planted(tmp_path / "set", 30)
+    made.swap([0, 4])
+    whole, made.second = made.second, {k: v for k, v in made.second.items() if k < "c14"}
+    assert run(made.write(), tmp_path / "few") == 0
+    assert "alone, which cannot see" in (told := capsys.readouterr().err)
+    assert "has only 14 of 30 texts" in told
+    made.second = {k: v for k, v in whole.items() if k < "c15"}
+    assert run(made.write(), tmp_path / "half") == 3
+    assert "4 of 15 sampled texts" in (told := capsys.readouterr().err)
+    assert "by agreement" in told
+
+
+def test_of_a_config_sets_without_a_second_transcript_are_judged_too(tmp_path, capsys) -> None:
+    sets = []
+    for name in ("one", "two"):
+        made = Planted(tmp_path / name, 8)
+        made.rows = [row | {"id": f"{name}{row['id']}"} for row in made.rows]
+        made.second = {f"{name}{key}": text for key, text in made.second.items()}
+        sets.append(f"Source({name!r}, {made.write().path!r})")
+    (tmp_path / "c.py").write_text(
+        "from hebasr_jax.run_config import *\n"
+        f"def get_config(): return Config(data=Data(train=({', '.join(sets)},)))\n"
+    )
+    second = ["--second", str(tmp_path / "two" / "second.jsonl")]
+    out = tmp_path / "out"
+    assert main(["audit", "--config", str(tmp_path / "c.py"), "--out", str(out), *second]) == 0
+    assert "one: " + second[1] + " has none of its clips" in capsys.readouterr().err
+    files = [out / "train" / name / "audit.json" for name in ("one", "two")]
+    by = [json.loads(file.read_text(encoding="utf-8"))["alignment"]["by"] for file in files]
+    assert by == ["rate", "agreement"]
+
+
+def test_rows_that_are_no_clip_are_listed_without_an_id(tmp_path) -> None:
+    made = Planted(tmp_path / "set", 3)
+    made.rows.append({"audio": "c00.wav"})
+    source, out = made.write(), tmp_path / "out"
+    assert run(source, out) == 0
+    (row,) = map(json.loads, (out / "removed.jsonl").read_text(encoding="utf-8").splitlines())
+    assert row["row"].endswith("m.jsonl:4")
+    assert "id" not in row
+    left = open_source(replace(source, without=(str(out / "removed.jsonl"),)))
+    assert left.notes == ()
+    assert len(left.clips) == 3
+
+
+def test_the_list_of_a_prepared_set_is_not_replaced(tmp_path, capsys) -> None:
+    source, out = Planted(tmp_path / "set", 3).write(), tmp_path / "shards"
+    out.mkdir()
+    (out / "set.json").write_text("{}")
+    assert run(source, out) == 1
+    assert "is a prepared set" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == ["set.json"]
 
 
 def test_measures() -> None:

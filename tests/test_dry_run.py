@@ -332,3 +332,17 @@ def test_a_dry_run_tells_all_and_leaves_nothing(corpus, capsys) -> None:
     assert "Memory of a step on each device, GiB" in rest
     assert "30 steps" in rest.splitlines()[-1]
     assert "time: unknown" in rest.splitlines()[-1]
+
+
+def test_a_dry_run_tells_of_lists_and_of_dev_clips_in_training(corpus, tmp_path, capsys) -> None:
+    here, listed = corpus / "train.jsonl", tmp_path / "list.jsonl"
+    listed.write_text('{"id": "0"}\n{"id": "of another set"}\n')
+    sets = f"train=sets, dev=(Source('dev', {str(here)!r}),), test=sets,"
+    config = tmp_path / "config.py"
+    config.write_text((corpus / "config.py").read_text().replace("train=sets,", sets))
+    lists = [f"data.{part}.0.without=({listed},)" for part in ("train", "test")]
+    dry_run.dry_run(load_config(config, lists))
+    out = capsys.readouterr().out
+    assert f"ספר: 1 of 2 ids of {listed} are not in the set" in out
+    assert "warning: dev: of its 6 clips some are trained on: 5 in ספר" in out
+    assert "warning: ספר: of its 5 clips some are trained on: 5 in ספר" in out

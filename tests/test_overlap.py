@@ -19,7 +19,7 @@ from hebasr_jax.data.fingerprint import (
     fingerprint,
 )
 from hebasr_jax.data.sources import open_source
-from hebasr_jax.overlap import check_overlap, describe_overlap, write_overlap
+from hebasr_jax.overlap import check_overlap, describe_overlap, trained_on, write_overlap
 from hebasr_jax.run_config import Source
 from tests.conftest import SHARED
 from tests.fingerprint_tables import ALTERATIONS, add_noise, cut, found, gain
@@ -249,6 +249,27 @@ def test_sound_with_other_names_and_texts(recording, tmp_path) -> None:
         "1 too short for a fingerprint",
         "one: 1 of 3 clips overlap (audio 1); 1 unreadable, first gone",
         "two: 1 of 2 clips overlap (id 1)",
+    ]
+
+
+def test_dev_clips_and_recordings_that_are_trained_on_are_told_by_name() -> None:
+    def named(name: str, *clips: Clip) -> ClipSet:
+        return ClipSet(name, clips, lambda number: np.zeros(1, np.int16), "")
+
+    train = named(
+        "train",
+        Clip("a", "א", 1.0, recording="1", source="show"),
+        Clip("7", "ב", 1.0, recording="2"),
+        Clip("c", "ג", 1.0, source="talk"),
+    )
+    other = named("same names", Clip("7", "ד", 1.0, recording="2"), Clip("a", "א", 1.001))
+    same = named("same", Clip("a", "א.", 1.0), Clip("7", "ב", 1.0))
+    stitched = named("long", Clip("talk/0", "ג", 9.0, recording="talk", source="talk"))
+    apart = named("apart", Clip("e", "א", 1.0, recording="1", source="quiz", speaker="talk"))
+    lines = trained_on([train], [other, same, stitched, apart])
+    assert [line.split(";")[0] for line in lines] == [
+        "same: of its 2 clips some are trained on: 2 in train",
+        "long: of its 1 recordings some are trained on: 1 in train",
     ]
 
 

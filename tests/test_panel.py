@@ -78,6 +78,54 @@ def test_a_stop_midway_leaves_the_panel_as_it_was(words, tmp_path, monkeypatch) 
     assert tree(tmp_path / "panel") == before
 
 
+def test_other_clips_that_overlap_a_test_set_make_another_panel(words, tmp_path, capsys) -> None:
+    assert main(words) == 0
+    overlap = tmp_path / "overlap.json"
+    kept = open_source(
+        Source(
+            "t",
+            str(tmp_path / "crowd"),
+            schema=CROWD,
+            without=(str(tmp_path / "panel" / CROWD / "not_for_training.jsonl"),),
+        )
+    )
+    barred = kept.clips[0].id
+    overlap.write_text(json.dumps({"train": {"overlapping": [barred]}}))
+    assert main([*words, "--overlap", str(overlap)]) == 0
+    assert "is left as it is" not in capsys.readouterr().err
+    lists = [tmp_path / "panel" / CROWD / name for name in ("dev.jsonl", "not_for_training.jsonl")]
+    ids = [{json.loads(line)["id"] for line in file.read_text().splitlines()} for file in lists]
+    assert barred in ids[1] - ids[0]
+    assert main([*words, "--overlap", str(overlap)]) == 0
+    assert "is left as it is" in capsys.readouterr().err
+
+
+def test_a_panel_is_not_replaced_by_one_of_fewer_sets(words, tmp_path, capsys) -> None:
+    (tmp_path / "c.py").write_text(
+        "from hebasr_jax.run_config import *\n"
+        "def get_config(): return Config(data=Data(train=("
+        f"Source('c', {str(tmp_path / 'crowd')!r}, schema={CROWD!r}, accept_licence=True),"
+        f"Source('k', {str(tmp_path / 'knesset')!r}, schema={KNESSET!r}, accept_licence=True))))\n"
+    )
+    config = ["panel", "--config", str(tmp_path / "c.py"), "--out", f"{tmp_path}/panel"]
+    assert main(config) == 0
+    before = tree(tmp_path / "panel")
+    (tmp_path / "knesset").rename(tmp_path / "moved")
+    for command, why in (
+        (config, f"the panel there has {KNESSET}"),
+        (words, "knesset: no such file or folder"),
+        ([*words[:3], *words[4:]], f"the panel there has {KNESSET}"),
+    ):
+        capsys.readouterr()
+        assert main(command) == 1
+        told = capsys.readouterr().err
+        assert why in told
+        assert len(told.split("error: ")[1].splitlines()) <= 3
+        assert tree(tmp_path / "panel") == before
+    assert "no --sets names it" in told
+    assert "config" not in told
+
+
 def test_a_set_that_names_nothing_is_refused_or_split_by_blocks(tmp_path, capsys) -> None:
     write(tmp_path / "crowd", CROWD, [crowd(n) for n in range(48)])
     words = ["panel", "--sets", f"{CROWD}={tmp_path}/crowd", "--out", f"{tmp_path}/panel"]

@@ -16,6 +16,7 @@ import soundfile
 from hebasr_jax.data.clips import BadClip
 from hebasr_jax.data.prepare import plan_set, prepare_set, shard_clips
 from hebasr_jax.data.prepare_command import Prepare
+from hebasr_jax.data.shard_folder import alone
 from hebasr_jax.data.shards import unpack
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.errors import UserError
@@ -230,6 +231,13 @@ def test_flags_that_do_not_go_together(source, tmp_path) -> None:
         ({"shard": "0/2"}, "--shard 0/2 is no part"),
         ({"shard": "3/2"}, "--shard 3/2 is no part"),
         ({"shard_mb": 0.0}, "must be positive"),
+        ({"max_bad_share": -0.1}, "max-bad-share is a share"),
+        ({"max_bad_share": 1.5}, "max-bad-share is a share"),
+        ({"max_bad_share": float("nan")}, "max-bad-share is a share"),
+        ({"voice_command": "cat {out}"}, "--voice-command is not for --source"),
+        ({"licence": "CC0"}, "--licence is not for --source"),
+        ({"piece_s": 5.0}, "--piece-s is not for --source"),
+        ({"seed": 3}, "--seed is not for --source"),
     ]:
         with pytest.raises(UserError, match=told):
             prepare(source, tmp_path / "out", **changes)
@@ -282,3 +290,98 @@ def test_all_clips_of_a_shard_may_be_bad(source, tmp_path) -> None:
 
 def _path() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def test_the_share_of_bad_clips_is_that_of_the_whole_job_in_every_part(source, tmp_path) -> None:
+    def spoil(*numbers: int) -> None:
+        for number in numbers:
+            Path(source.path).with_name(f"{number}.wav").write_bytes(b"this is no sound")
+
+    with Path(source.path).open("a", encoding="utf-8") as file:
+        file.write("\nthis is no row\n")
+    spoil(5)
+    for part in (1, 2, 3, 4):  # two of 25 are bad; of three shards one part has none
+        prepare(source, tmp_path / "out", shard=f"{part}/4", max_bad_share=0.085)
+    assert len(open_source(Source("crowd", str(tmp_path / "out" / "crowd"))).clips) == CLIPS - 1
+    spoil(10, 20)
+    for part in (3, 1):
+        prepare(source, tmp_path / "more", shard=f"{part}/3", max_bad_share=0.125)
+    with pytest.raises(UserError, match=r"4 of 25 clips are bad, more than the 3"):
+        prepare(source, tmp_path / "more", shard="2/3", max_bad_share=0.125)
+
+
+def test_lists_of_bad_clips_of_another_cutting_do_not_stay(source, tmp_path) -> None:
+    Path(source.path).with_name("5.wav").write_bytes(b"this is no sound")
+    for shard in ("1/2", "2/3", "1/3"):
+        folder = prepare(source, tmp_path / "out", shard=shard, max_bad_share=0.1)
+    assert [file.name for file in folder.glob("quarantine*")] == ["quarantine-1-of-3.jsonl"]
+    prepare(source, tmp_path / "out", max_bad_share=0.1)
+    assert [file.name for file in folder.glob("quarantine*")] == ["quarantine.jsonl"]
+
+
+def test_a_part_is_made_by_one_job_at_a_time(source, tmp_path) -> None:
+    with alone(tmp_path / "out" / "crowd", 1, 2):
+        with pytest.raises(
+            UserError, match=rf"crowd is in use\n.*process {os.getpid()} on "
+        ) as told:
+            prepare(source, tmp_path / "out", shard="1/2")
+        assert len(str(told.value).splitlines()) <= 3
+        prepare(source, tmp_path / "out", shard="2/2")
+    (tmp_path / "out" / "crowd" / ".part-1-of-2.lock").write_text("process 1 on another\n")  # dead
+    folder = prepare(source, tmp_path / "out", shard="1/2")
+    assert not [*folder.glob(".*")]
+    with alone(tmp_path / "new" / "crowd", 1, 1):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_origin_goes_with_shards_and_not_to_those_of_something_else(source, tmp_path) -> None:
+    def origin(folder: Path) -> dict:
+        return json.loads((folder / "origin.json").read_bytes())
+
+    first = prepare(source, tmp_path / "out")
+    assert not (first / "origin.json").exists()  # nothing is known
+    told = {"hub": "a/b", "revision": "c1", "licence": "L", "split": "validation", "format": "pcm"}
+    (first / "origin.json").write_text(json.dumps(told))
+    shards = Source("crowd", str(first))
+    left_out = tmp_path / "out.jsonl"
+    left_out.write_text(json.dumps({"id": open_source(shards).clips[0].id, "reason": "noise"}))
+    again = prepare(shards, tmp_path / "again", without=(str(left_out),), split="validation")
+    assert origin(again) == {
+        "hub": "a/b",
+        "revision": "c1",
+        "licence": "L",
+        "split": "validation",
+        "without": ["out.jsonl"],
+        "clips": CLIPS - 1,
+        "bad": 0,
+        "removed": 1,
+    }
+    before = content(again)
+    with pytest.raises(UserError, match="other settings"):
+        prepare(source, tmp_path / "again")
+    assert content(again) == before
+    for file in again.glob("*.arrayrecord"):
+        file.unlink()
+    assert not (prepare(source, tmp_path / "again") / "origin.json").exists()
+
+
+def test_speech_that_is_all_there_is_tidied_up_after(tmp_path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.full(RATE, 0.3), RATE)
+    texts = tmp_path / "texts.JSONL"
+    texts.write_text('{"text": "שלום", "ipa": "a"}\n{"id": "no", "text": "כן"}\n', encoding="utf-8")
+    flags = {"source": None, "synthesize": texts, "voice_command": f"cp {tmp_path}/a.wav {{out}}"}
+    folder = prepare(Source("", ""), tmp_path / "o", spoken="ipa", **flags)
+    made = content(folder)
+    assert b"has no 'ipa'" in made["removed.jsonl"]
+    (folder / "removed.jsonl").unlink()
+    (folder / ".speech").mkdir()
+    prepare(Source("", ""), tmp_path / "o", spoken="ipa", **flags)
+    assert content(folder) == made
+    texts.with_suffix(".json").write_text('{\n "text": "שלום"\n}', encoding="utf-8")
+    flags["synthesize"] = texts.with_suffix(".json")
+    with pytest.raises(UserError, match=r"texts.json: is not JSONL\nIts first line is not JSON"):
+        prepare(Source("", ""), tmp_path / "p", **flags)
+    texts.with_suffix(".json").write_text('{"text": "שלום"}', encoding="utf-8")
+    folder = prepare(Source("", ""), tmp_path / "p", **flags)
+    assert [clip.text for clip in open_source(Source("said", str(folder))).clips] == ["שלום"]

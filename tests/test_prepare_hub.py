@@ -18,6 +18,7 @@ from hebasr_jax.data.hub_files import HUB_FOLDER
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.shards import ORIGIN_FILE
 from hebasr_jax.data.sources import open_source
+from hebasr_jax.errors import UserError
 
 KNESSET = "ivrit-ai/knesset-plenums-whisper-training"
 CONFIG = """
@@ -66,6 +67,18 @@ def test_sets_are_fetched_once_and_two_of_a_config_share_shards(tmp_path) -> Non
         done = child(tmp_path / "home", hub, *command)
         assert done.returncode == 0, done.stderr
         assert {file.name: file.read_bytes() for file in shards.iterdir()} == before
+        # What is all there is left, and the hub not asked; other settings are no such request.
+        hub.log.clear()
+        (shards / HUB_FOLDER).mkdir()
+        done = child(tmp_path / "home", hub, *command)
+        assert done.returncode == 0, done.stderr
+        assert not hub.log
+        assert {file.name: file.read_bytes() for file in shards.iterdir()} == before
+        done = child(tmp_path / "home", hub, *command, "--format", "pcm")
+        assert "other settings" in done.stderr
+        assert {
+            file.name: file.read_bytes() for file in shards.iterdir() if file.is_file()
+        } == before
 
 
 def test_what_lies_there_is_left_and_what_cannot_be_fetched_is_told(tmp_path) -> None:
@@ -212,3 +225,31 @@ def test_lengths_that_no_column_tells_are_measured_file_by_file(tmp_path) -> Non
     given = {"source": str(copy), "name": "knesset", "schema": "kan", "accept_licence": True}
     assert Prepare(tmp_path / "copy", processes=1, shard_mb=0.19, **given).run() == 0
     assert content(shards) == content(tmp_path / "copy" / "knesset")
+
+
+@pytest.mark.parametrize("other", ["split='validation'", "schema='fleurs'", "hub='mine/copy'"])
+def test_two_sets_of_one_path_must_be_of_one_request(tmp_path, other) -> None:
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from hebasr_jax.run_config import Config, Data, Source\n"
+        "from dataclasses import replace\n"
+        f"a = Source('a', {str(tmp_path / 'x')!r}, schema='common-voice')\n"
+        f"b = replace(a, name='b', {other})\n"
+        "def get_config(): return Config(data=Data(train=(a,), dev=(b,)))\n"
+    )
+    told = rf"b: .*x is the path of a as well\n.*{other.split('=')[0].replace('schema', 'hub')} "
+    with pytest.raises(UserError, match=told):
+        Prepare(config=config).run()
+
+
+def test_a_stale_origin_of_another_set_does_not_choose_the_commit(tmp_path) -> None:
+    crowd_set = a_hub_set(tmp_path / "c", "crowd-transcribe-v5", [crowd(n) for n in range(3)])
+    words, shards = from_hub(tmp_path, schema="crowd-transcribe-v5")
+    shards.mkdir()
+    (shards / "set.json").write_text("{}")
+    (shards / ORIGIN_FILE).write_text('{"hub": "other/set", "revision": "gone", "split": "train"}')
+    with served(None) as hub:
+        sha = hub.push_dataset("ivrit-ai/crowd-transcribe-v5", crowd_set)
+        done = child(tmp_path / "home", hub, *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((shards / ORIGIN_FILE).read_bytes())["revision"] == sha

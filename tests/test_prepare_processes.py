@@ -167,6 +167,28 @@ def test_a_child_that_is_ended_and_ctrl_c_leave_nothing_half_written(
     assert content(prepare(source, tmp_path, processes=1)) == whole
 
 
+def test_sigterm_ends_voices_that_speak(tmp_path) -> None:
+    (tmp_path / "t.txt").write_text("א\nב\n")
+    voice = tmp_path / "voice.sh"
+    voice.write_text(f"sleep 100 & echo $! >> {tmp_path}/pids; echo $$ >> {tmp_path}/pids; wait\n")
+    words = ["--synthesize", str(tmp_path / "t.txt"), "--name", "said", "--processes", "2"]
+    words += ["--out", str(tmp_path), "--voice-command", f"sh {voice} {{out}}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hebasr_jax", "prepare", *words],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pids = tmp_path / "pids"
+    assert wait_for(lambda: pids.exists() and pids.read_text().count("\n") == 4)
+    process.terminate()
+    told = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert told.endswith("interrupted\n")
+    assert wait_for(lambda: not any(alive(int(pid)) for pid in pids.read_text().split()), 10.0)
+    assert not [*(tmp_path / "said").glob("*.lock")]
+
+
 def test_a_fault_of_the_user_in_a_child_is_told_as_in_one_process(source, tmp_path) -> None:
     opened = open_source(Source("clips", str(source)))
     plan = plan_set(opened, "pcm", SHARD_MB)

@@ -3,19 +3,22 @@
 faster-whisper is an extra; a module of its interface stands in, whose text the sound's level tells.
 """
 
+import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from hub_rows import write
 
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.sources import open_source
 from hebasr_jax.errors import UserError
-from hebasr_jax.run_config import Source
+from hebasr_jax.run_config import Columns, Source
 from hebasr_jax.tiny import write_tiny_model
 
 # The level of a sound, in steps of 2 %, is the line of `texts` that a system writes.
@@ -249,7 +252,7 @@ def test_our_own_model_listens_as_in_transcribe(made, tmp_path) -> None:
     [
         ({"second": ""}, "belong together"),
         ({"pseudo_label": ""}, "belong together"),
-        ({"shard": "1/2"}, "whole --source"),
+        ({"shard": "1/2"}, "--shard is not for --pseudo-label"),
         ({"max_cer": 1.5}, "no error rate"),
         ({"second": "faster-whisper:absent/model/none"}, "absent/model/none"),
     ],
@@ -276,3 +279,78 @@ def test_sound_that_cannot_be_read_is_listed_or_stops_it(made, tmp_path) -> None
     folder = label(tmp_path / "out", made, max_bad_share=0.5)
     removed = {row["id"]: row["reason"] for row in lines(folder / "removed.jsonl")}
     assert len(removed) == 6
+
+
+def test_shards_of_something_else_keep_what_is_told_of_them(made, tmp_path) -> None:
+    folder = label(tmp_path / "out", made)
+    before = content(folder)
+    with pytest.raises(UserError, match="begun with another source or other settings"):
+        label(tmp_path / "out", made, max_cer=0.5)
+    assert content(folder) == before
+    with pytest.raises(UserError, match="begun with another source or other settings"):
+        label(tmp_path / "out", made, format="pcm")
+    assert content(folder) == before
+    plain = tmp_path / "plain"  # shards without labels are refused before anything listens
+    given = {"source": str(folder), "name": "audio", "processes": 1}
+    assert Prepare(plain, **given).run() == 0
+    assert json.loads((plain / "audio" / "origin.json").read_bytes())["pseudo_labels"]
+    (plain / "audio" / "origin.json").unlink()
+    kept = content(plain)
+    with pytest.raises(UserError, match="not pseudo-labelled shards of this sound"):
+        label(plain, made)
+    assert content(plain) == kept
+
+
+def test_rows_left_out_on_purpose_are_listed_too(made, tmp_path) -> None:
+    without = tmp_path / "without.jsonl"
+    without.write_text('{"id": "c0", "reason": "music"}\n')
+    folder = label(tmp_path / "out", made, without=(str(without),))
+    removed = {row["id"]: row["reason"] for row in lines(folder / "removed.jsonl")}
+    assert removed["c0"] == "music"
+    assert removed["c1"] == "systems disagree"
+
+
+@pytest.mark.parametrize("schema", ["", "audio-v2", "crowd-transcribe-v5"])
+def test_parquet_without_texts_is_labelled(made, tmp_path, schema) -> None:
+    rows = []
+    for line in (0, 1, 4):
+        file = io.BytesIO()
+        soundfile.write(file, tone(line, 1.0), 16000, format="WAV")
+        rows.append({"audio": {"bytes": file.getvalue(), "path": f"{line}.wav"}, "entry": "e"})
+    write(tmp_path / "copy", schema, rows)
+    folder = label(tmp_path / "out", made | {"source": str(tmp_path / "copy"), "schema": schema})
+    found = open_source(Source("audio", str(folder)))
+    assert [clip.text for clip in found.clips] == [HEARD[0], HEARD[4]]
+    told = json.loads((folder / "origin.json").read_bytes())
+    assert (told["hub"] or "") == (schema and f"ivrit-ai/{schema}")
+    assert told["clips"] == 2
+
+
+def test_flags_of_speech_are_of_no_other_mode(tmp_path) -> None:
+    (tmp_path / "t.txt").write_text("א")
+    for changes, told in [
+        ({"pseudo_label": "a", "second": "b"}, "--synthesize and --pseudo-label exclude"),
+        ({"ray": "local"}, "--ray is not for --synthesize"),
+        ({"schema": "kan"}, "--schema is not for --synthesize"),
+        ({"max_cer": 0.2}, "--max-cer is not for --synthesize"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            Prepare(tmp_path / "o", synthesize=tmp_path / "t.txt", name="a", **changes).run()
+    with pytest.raises(UserError, match="--split is not for --config"):
+        Prepare(tmp_path / "o", Path("c.py"), split="dev").run()
+    with pytest.raises(UserError, match=r"--columns is not for --config"):
+        Prepare(None, Path("c.py"), columns=Columns(text="t")).run()
+    with pytest.raises(UserError, match="--ray is not for --pseudo-label"):
+        Prepare(tmp_path / "o", source="s", pseudo_label="a", second="b", ray="local").run()
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_card_counts_the_texts_that_models_wrote(made, tmp_path) -> None:
+    from hebasr_jax.finish import _labels
+
+    folder = label(tmp_path / "out", made)
+    clips = open_source(Source("audio", str(folder))).clips
+    told = _labels(json.loads((folder / "origin.json").read_bytes()), clips)
+    assert told == "a, kept where b has at most 20% CER to it (4 of 4 clips)"
+    assert _labels({}, clips) == "a model that is not named (4 of 4 clips)"
+    assert _labels({}, [replace(clip, pseudo_label=False) for clip in clips]) is None

@@ -30,6 +30,14 @@ def test_lists_and_quality_leave_rows_out_with_reasons(tmp_path) -> None:
     (tmp_path / "w.jsonl").write_text('{"id": "s1@0.00"}\n{"name": "x"}\n')
     with pytest.raises(UserError, match=r"w\.jsonl:2: is no clip of a list"):
         open_source(replace(source, without=(str(tmp_path / "w.jsonl"),)))
+    (tmp_path / "w.jsonl").write_text('{"id": "of another set"}\n')
+    with pytest.raises(UserError, match="1 of its 1 ids are not in the set"):
+        open_source(replace(source, without=(str(tmp_path / "w.jsonl"),)))
+    (tmp_path / "w.jsonl").write_text('{"id": "of another set"}\n{"id": "s1@0.00"}\n')
+    part = open_source(replace(source, without=(str(tmp_path / "w.jsonl"),)))
+    assert "1 of 2 ids of" in part.notes[0]
+    (tmp_path / "w.jsonl").write_text("")
+    assert len(open_source(replace(source, without=(str(tmp_path / "w.jsonl"),))).clips) == 4
     with pytest.raises(UserError, match="cannot be read"):
         open_source(replace(source, only=str(tmp_path / "none.jsonl")))
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hebasr_jax.cli import main
-from hebasr_jax.data.clips import Clip
+from hebasr_jax.data.clips import Clip, ClipSet
 from hebasr_jax.data.sources import open_source
-from hebasr_jax.data.splits import hold_out, overlapping
+from hebasr_jax.data.splits import hold_out, overlapping, stitch
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Source
 
@@ -120,6 +120,44 @@ def test_the_command_writes_lists_that_a_config_takes(spoken, capfd) -> None:
     assert [int(wave[k * step + 8000]) for k in range(len(numbers))] == [
         100 * n + 50 for n in numbers
     ]
+
+
+def test_another_split_leaves_nothing_of_the_one_before(spoken, capsys) -> None:
+    lists = spoken / "lists"
+    command = ["split", "--source", f"{spoken}/m.jsonl", "--out", str(lists), "--hours", "0.0023"]
+    assert main([*command, "--long-s", "1"]) == 0
+    many = len(list((lists / "long").iterdir()))
+    assert main([*command, "--long-s", "9"]) == 0
+    rows = (lists / "dev_long.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(list((lists / "long").iterdir())) == len(rows) < many
+    assert main([*command, "--seed", "1"]) == 0
+    assert not list(lists.rglob("dev_long*")) + list(lists.rglob("*.flac"))
+
+
+@pytest.mark.parametrize("out", ["a_file", "/proc/x"])
+def test_a_place_that_cannot_be_written_to_is_refused(spoken, capsys, monkeypatch, out) -> None:
+    monkeypatch.chdir(spoken)
+    (spoken / "a_file").write_text("mine")
+    assert main(["split", "--source", "m.jsonl", "--out", out, "--hours", "0.0023"]) == 1
+    told = capsys.readouterr().err.split("error: ")[1]
+    assert told.startswith(f"{out}: cannot be written")
+    assert len(told.splitlines()) <= 3
+    assert (spoken / "a_file").read_text() == "mine"
+
+
+def test_hours_that_leave_nothing_to_train_on_are_refused(spoken, capsys) -> None:
+    command = ["split", "--source", f"{spoken}/m.jsonl", "--out", f"{spoken}/lists"]
+    assert main([*command, "--hours", "1"]) == 1
+    assert "nothing is left to train on" in capsys.readouterr().err
+    assert not (spoken / "lists").exists()
+
+
+def test_recordings_of_one_name_in_two_sources_are_one_group_and_never_one_stitch() -> None:
+    clips = [Clip(str(i), "א", 1.0, recording="1", source="ab"[i % 2]) for i in range(8)]
+    clip_set = ClipSet("s", tuple(clips), lambda index: np.zeros(RATE, np.int16), "")
+    pieces = list(stitch(clip_set, range(8), 100.0))
+    assert [{clips[i].source for i in piece} for piece in pieces] == [{"a"}, {"b"}]
+    assert len(set(hold_out(clips, ("recording",), 1.0, barred=[]).group_C)) == 1
 
 
 def test_a_file_that_tells_no_overlap_is_refused(tmp_path) -> None:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "hebasr_jax").rglob("*.py"))
 # Each module may import those before it; modules on one line do not import each other.
 LEVELS = [
-    {"", "errors", "charts", "paths", "card_text", "output_style", "sound_level"},
+    {"", "errors"},
+    {"flags", "charts", "paths", "card_text", "output_style", "sound_level"},
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
     {"identity", "benchmark_sets", "sharding"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
@@ -57,10 +58,10 @@ LEVELS = [
     {"beam"},
     {"slots"},
     {"export", "trained", "data.prepare", "train_step", "members", "throughput", "step_memory"},
-    {"data.label_log", "data.panel"},
+    {"data.label_log", "data.panel", "data.hub_sets"},
     {"transcribe", "average", "sinks", "data.synthesize"},
     {"longform", "tiny", "validate", "stages", "demo_corpus"},
-    {"writers", "eval_sets", "comparison", "data.label_pieces"},
+    {"writers", "eval_sets", "comparison", "data.label_pieces", "data.shard_folder"},
     {"evaluate"},
     {"control"},
     {"data.pseudo_label"},

@@ -299,7 +299,7 @@ def test_other_texts_or_voices_do_not_mix_with_shards_that_are_there(tmp_path, c
         ({"voice_command": "cat 'a {out}"}, "No closing quotation"),
         ({"voice_command": "cat {out}", "voices": ("a",)}, "has no {voice}"),
         ({"voice_limit_s": 0.0}, "must be positive"),
-        ({"shard": "1/2"}, "are not for --synthesize"),
+        ({"shard": "1/2"}, "--shard is not for --synthesize"),
         ({"source": "x"}, "give --config, or --source"),
         ({"synthesize": Path("none.txt")}, "none.txt: no such file"),
     ],

@@ -11,9 +11,11 @@ import pytest
 from tone_runs import WORDS, make_workspace, read_rows, write_manifest, write_rows
 
 from hebasr_jax.config_file import load_config
+from hebasr_jax.data.clips import Clip, ClipSet
 from hebasr_jax.data.pipeline import load_batch
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.sources import open_sources
+from hebasr_jax.data.table import count_tokens
 from hebasr_jax.distributed import place_rows
 from hebasr_jax.errors import UserError
 from hebasr_jax.hub import ModelFolder
@@ -23,6 +25,7 @@ from hebasr_jax.run_config import Augment, Source
 from hebasr_jax.run_setup import compile_steps, load_state, set_up
 from hebasr_jax.sharding import rows
 from hebasr_jax.text import PromptStyle, Transcript
+from hebasr_jax.train import begin
 from hebasr_jax.transcribe import Recognizer, transcribe
 from hebasr_jax.validate import load_dev_sets, validate
 
@@ -150,6 +153,27 @@ def test_bfloat16_gives_the_same_wer_within_noise(learned, scores) -> None:
     assert low <= half["wer"] <= high
     assert abs(half["wer"] - scores["noisy"]["wer"]) <= 2 / 32  # words
     assert half["loss"] == pytest.approx(scores["noisy"]["loss"], rel=0.05)
+
+
+def test_a_long_row_may_have_as_much_text_a_second_as_training(learned) -> None:
+    setup, config = learned.setup, learned.setup.config
+    clips = tuple(Clip(f"{s}", " ".join(WORDS * (s // 4)), float(s)) for s in (4, 40))
+    long = ClipSet("long", clips, lambda i: np.zeros(16_000 * (4, 40)[i], np.int16), "")
+    count = int(count_tokens(clips, setup.tokenizer, config.text, joined=False)[0][1])
+    for most, left_out in ((count // 9, {}), (count // 11, 1)):
+        data = replace(config.data, max_clip_s=4.0, max_text_tokens=most)
+        quarantine = Quarantine(learned.folder / "long.jsonl", 0.2, 100)
+        few = replace(config, data=data)
+        (dev,) = load_dev_sets([long], setup.tokenizer, few, quarantine, 1)
+        assert list(dev.left_out.values()) == ([left_out] if left_out else [])
+
+
+def test_what_is_odd_of_the_data_is_told_when_a_run_starts(learned, tmp_path) -> None:
+    said: list[str] = []
+    loaded = load_config(learned.folder / "config.py")
+    setup = replace(learned.setup, remarks=("warning: odd",))
+    begin(setup, tmp_path, loaded, said.append, accept_changes=False)
+    assert said[0] == "warning: odd"
 
 
 def test_a_bad_clip_is_put_on_record_and_not_scored(learned, scores) -> None:

@@ -113,7 +113,7 @@ def adapt_row(
     for flag in adapter.flags:
         if value_of(row, flag) not in _OFF:
             raise Removed(told, f"is flagged {flag.split('.')[-1]}")
-    if adapter.transcript == "none":
+    if not columns.text:  # texts are not wanted, or there are none
         return named | {"text": ""}
     text = named["text"]
     if text is None:

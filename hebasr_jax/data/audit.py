@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int16
 
 from hebasr_jax.audio import SAMPLE_RATE
-from hebasr_jax.data.clips import BadClip, Clip, ClipSet
+from hebasr_jax.data.clips import BadClip, Clip, ClipSet, quality_fault
 from hebasr_jax.data.fingerprint import Fingerprint, build_index, find_copies, fingerprint
 from hebasr_jax.errors import UserError
 from hebasr_jax.metrics import character_errors, normalize_ivrit
@@ -37,7 +37,7 @@ class Limits:
     """What a clip may be at most, or must be at least. Defaults are loose: they find the broken."""
 
     min_quality: float | None = None
-    """least quality score; clips without a score stay"""
+    """least quality score; clips without a score go, as with `Source.min_quality`"""
     max_silence_share: float = 0.9
     """of the frames of 10 ms of a clip that has text"""
     max_clipping_share: float = 0.01
@@ -96,7 +96,7 @@ class Finding(NamedTuple):
 class Verdict(NamedTuple):
     """Share of the sample whose text does not fit its sound, with its 95 % Wilson interval.
 
-    by: "agreement" with a second transcript, or "rate": characters a second and nothing else.
+    by: "agreement" with a second transcript that has at least half of the texts, else "rate".
     decision: proceed below 10 %, caution to 15 %, stop above, as the point estimate says.
     """
 
@@ -160,10 +160,9 @@ def audit_set(
         for clip, m in zip(clip_set.clips, measures, strict=True)
     ]
     findings, others = _without_repeats(clip_set.clips, measures, own, copies, limits)
-    verdict = _verdict(clip_set.clips, measures, bounds, limits, bool(second), sample, seed)
-    return Audit(
-        clip_set, limits, tuple(measures), tuple(findings), bounds, verdict, second, others
-    )
+    verdict = _verdict(clip_set.clips, measures, bounds, limits, sample, seed)
+    found = tuple(measures), tuple(findings)
+    return Audit(clip_set, limits, *found, bounds, verdict, second, others)
 
 
 def measure_sound(wave_S: Int16[np.ndarray, " S"]) -> Measures:
@@ -323,9 +322,8 @@ def _own_fault(
 ) -> Finding | None:
     if found.fault:
         return Finding(found.fault.reason, found.fault.detail)
-    least = -math.inf if limits.min_quality is None else limits.min_quality
-    if clip.quality is not None and clip.quality < least:
-        return Finding("has a low quality score", f"{clip.quality:g}")
+    if limits.min_quality is not None and (low := quality_fault(clip, limits.min_quality)):
+        return Finding(low, "" if clip.quality is None else f"{clip.quality:g}")
     if found.rate and found.silence > limits.max_silence_share:
         return Finding("is nearly all silence", f"{found.silence:.1%}")
     if found.clipping > limits.max_clipping_share:
@@ -381,12 +379,14 @@ def _verdict(
     measures: Sequence[Measures],
     bounds: tuple[float, float],
     limits: Limits,
-    agreement: bool,
     most: int,
     seed: int,
 ) -> Verdict:
     """Clips without text, or that cannot be decoded, are no matter of alignment."""
-    numbers = [i for i, m in enumerate(measures) if (m.cer is not None if agreement else m.rate)]
+    texts = [i for i, m in enumerate(measures) if m.rate]
+    heard = [i for i, m in enumerate(measures) if m.cer is not None]
+    agreement = bool(heard) and 2 * sum(measures[i].cer is not None for i in texts) >= len(texts)
+    numbers = heard if agreement else texts
     drawn = [measures[i] for i in stratified(clips, numbers, most, seed)]
     if agreement:
         low = sum(m.cer is not None and m.cer > limits.max_cer for m in drawn)
@@ -396,5 +396,5 @@ def _verdict(
     decision: Literal["proceed", "caution", "stop"] = "proceed"
     if share >= 0.1:
         decision = "stop" if share > 0.15 else "caution"
-    by: Literal["agreement", "rate"] = "agreement" if agreement else "rate"
-    return Verdict(decision, by, low, len(drawn), share, wilson(low, len(drawn)))
+    interval = wilson(low, len(drawn))
+    return Verdict(decision, "agreement" if agreement else "rate", low, len(drawn), share, interval)

@@ -14,7 +14,7 @@ import numpy as np
 
 from hebasr_jax.charts import histogram
 from hebasr_jax.data.audit import Audit
-from hebasr_jax.data.shards import read_origin
+from hebasr_jax.data.shards import REMOVED_FILE, SET_FILE, read_origin
 from hebasr_jax.errors import UserError
 from hebasr_jax.metrics import NORMALIZER
 from hebasr_jax.page import direction_of, escaped, facts_table, side_by_side, table_of, write_page
@@ -29,28 +29,35 @@ _BY_RATE = "judged by characters a second alone, which cannot see a wrong text o
 
 def write_audit(audit: Audit, source: Source, out: Path) -> None:
     """Writes the three files to `out`, each whole or not at all. Raises UserError."""
+    refuse_set(out)
     result = summary(audit, source)
-    rows = [
-        {"id": clip_id, "reason": reason, "detail": detail}
-        for clip_id, reason, detail in removed(audit)
-    ]
+    rows = removed(audit)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(
-            out / "removed.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        )
+        _write(out / REMOVED_FILE, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         _write(out / "audit.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot be written", error.strerror or str(error)) from error
     write_page(out / "card.html", f"Data card: {source.name}", _sections(audit, result))
 
 
-def removed(audit: Audit) -> list[tuple[str, str, str]]:
-    """Id, reason and detail of all that is to be left out: rows that are no clip, then clips."""
-    rows = [(where, fault.reason, fault.detail) for where, fault in audit.clip_set.bad]
+def refuse_set(out: Path) -> None:
+    """Raises UserError for a prepared set's own folder, whose list would be replaced."""
+    if (out / SET_FILE).exists():
+        what = f"{out}: is a prepared set, which has a {REMOVED_FILE} of its own"
+        raise UserError(what, do="Give another --out.")
+
+
+def removed(audit: Audit) -> list[dict[str, str]]:
+    """All that is to be left out, with reason and detail: rows that are no clip by `row`, where
+    they stand, then clips by `id`."""
+    rows = [
+        {"row": where, "reason": fault.reason, "detail": fault.detail}
+        for where, fault in audit.clip_set.bad
+    ]
     for clip, finding in zip(audit.clip_set.clips, audit.findings_N, strict=True):
         if finding:
-            rows.append((clip.id, finding.reason, finding.detail))
+            rows.append({"id": clip.id, "reason": finding.reason, "detail": finding.detail})
     return rows
 
 
@@ -89,7 +96,7 @@ def summary(audit: Audit, source: Source) -> dict[str, Any]:
         },
         "limits": asdict(audit.limits),
         "characters_a_second_bounds": [round(bound, 3) for bound in audit.rate_bounds],
-        "alignment": verdict._asdict() | {"note": _BY_RATE if verdict.by == "rate" else ""},
+        "alignment": verdict._asdict() | {"note": _by_rate(audit)},
         "histograms": {
             "duration_s": _counted(m.duration_s for m in sound),
             "characters_a_second": _counted(m.rate for m in sound),
@@ -111,10 +118,21 @@ def told(audit: Audit) -> list[str]:
         f"{name}: {verdict.decision}: {verdict.low:,} of {verdict.clips:,} sampled texts do not "
         f"fit their sound ({verdict.share:.1%}, 95 % interval {low:.1%} to {high:.1%})"
     )
-    how = "by agreement with the second transcript" if verdict.by == "agreement" else _BY_RATE
+    how = _by_rate(audit) or "by agreement with the second transcript"
     if verdict.decision != "stop":
         return [f"{line}, {how}"]
     return [line, f"{how}; above 15 % is stop", "look at the worst rows in card.html"]
+
+
+def _by_rate(audit: Audit) -> str:
+    """What a verdict by rate alone is worth, and why there is no better one; "" for another."""
+    if audit.verdict.by == "agreement":
+        return ""
+    if not audit.second:
+        return _BY_RATE
+    texts = [m for m in audit.measures_N if m.rate]
+    known = sum(m.cer is not None for m in texts)
+    return f"{_BY_RATE} (the second transcript has only {known:,} of {len(texts):,} texts)"
 
 
 def _write(path: Path, content: str) -> None:

@@ -9,6 +9,8 @@ from flax import struct
 
 from hebasr_jax.timestamps import Segment
 
+_ROUNDING = 1e-6
+
 
 class BadClip(Exception):
     """One clip cannot be used. `reason` is short and the same for the same fault, so that faults
@@ -49,6 +51,16 @@ class Clip:
     quality: float | None = None
     synthetic: bool = False
     pseudo_label: bool = False
+
+
+def quality_fault(clip: Clip, least: float) -> str:
+    """Why a clip's score is too low; "" where it is not. A clip without a score has none to show.
+
+    A score may be stored as float32, so that 0.7 is a little less.
+    """
+    if clip.quality is None:
+        return "has no quality score"
+    return f"has a quality below {least:g}" if clip.quality < least - _ROUNDING else ""
 
 
 def group_field(clips: Sequence[Clip]) -> str:

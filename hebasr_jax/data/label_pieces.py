@@ -1,7 +1,8 @@
 """Recordings cut into pieces at pauses, once: where each is cut, and what of it is silent."""
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
@@ -20,7 +21,7 @@ from hebasr_jax.silence import cut
 from hebasr_jax.sound_level import is_silent
 
 _BLOCK_S = 60  # of a recording that is cut
-_THREADS = 4  # recordings decoded at a time
+_THREADS = 4  # recordings decoded, and pieces read, at a time
 
 
 class Part(NamedTuple):
@@ -99,3 +100,23 @@ def piece_reader(clip_set: ClipSet) -> Callable[[Part], np.ndarray]:
         return whole(part.clip)[first:last]
 
     return read
+
+
+def waves_of(clip_set: ClipSet, calls: Sequence[Sequence[Part]]) -> Iterator[list[np.ndarray]]:
+    """The int16 samples of each call's pieces; those of the next are read meanwhile."""
+    read = piece_reader(clip_set)
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        ahead = [pool.submit(read, part) for part in calls[0]] if calls else []
+        for number, call in enumerate(calls):
+            now, after = ahead, calls[number + 1 : number + 2]
+            ahead = [pool.submit(read, part) for part in itertools.chain(*after)]
+            try:
+                yield [future.result() for future in now]
+            except BadClip as fault:
+                why = "It could when pauses were looked for."
+                raise UserError(
+                    f"{clip_set.name}: {call[0].id} cannot be read: {fault}", why
+                ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -30,7 +30,7 @@ PANEL_FILE = "panel.json"
 DEV_LIST, TRAIN_LIST = "dev.jsonl", "not_for_training.jsonl"
 BLOCK = "block"
 _BLOCK_CLIPS = 100
-_VERSION = 1
+_VERSION = 2
 _MOST_ASKED, _MOST_HELD = 0.1, 0.25  # of a set's hours: what a member asks for, what may go
 _OPUS_LEVEL = 0.96  # libsndfile: 6 + 250 * (1 - level) kbit/s for one channel, here 16
 
@@ -181,19 +181,30 @@ def _blocks(clip_set: ClipSet) -> ClipSet:
     return replace(clip_set, clips=tuple(clips))
 
 
-def request_of(parts: Mapping[str, Part]) -> dict[str, Any]:
+def request_of(parts: Mapping[str, Part], barred: Sequence[str]) -> dict[str, Any]:
     """All that decides what is in a panel, as JSON."""
     sets = {}
     for schema, part in parts.items():
         ids = [[part.clip_set.clips[index].id for index in held] for _, held in part.members]
-        digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
         members = [asdict(member) | {"by": part.by} for member, _ in part.members]
         sets[schema] = {
             "fingerprint": part.clip_set.fingerprint,
-            "held_out": digest,
+            "held_out": _digest(ids),
             "members": members,
         }
-    return {"version": _VERSION, "sets": sets}
+    return {"version": _VERSION, "sets": sets, "barred": _digest(sorted(set(barred)))}
+
+
+def _digest(ids: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def schemas_of(folder: Path) -> set[str]:
+    """Schemas of the sets that a panel there is made of, whole or not; empty: there is none."""
+    try:
+        return set(json.loads((folder / PANEL_FILE).read_bytes())["request"]["sets"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def rows_of(folder: Path, request: Mapping[str, Any] | None = None) -> list[dict[str, Any]] | None:
@@ -227,7 +238,7 @@ def build(
         rows.sort(key=lambda row: order.index(row["member"]))
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-        told = {"request": request_of(parts), "rows": rows, "files": sizes}
+        told = {"request": request_of(parts, barred), "rows": rows, "files": sizes}
         write_synced(partial / PANEL_FILE, json.dumps(told, ensure_ascii=False, indent=1).encode())
     return rows
 

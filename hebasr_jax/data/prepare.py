@@ -4,10 +4,11 @@ import contextlib
 import heapq
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,13 @@ from hebasr_jax.data.hub_files import HeldFiles
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.shard_work import AGAIN, BadRow, ShardWork, writing
 from hebasr_jax.data.shards import (
+    ORIGIN_FILE,
     SET_FILE,
     SUFFIX,
     Format,
     ShardSet,
     is_sealed,
+    read_origin,
     read_set,
     stem,
     write_synced,
@@ -57,6 +60,7 @@ def prepare_set(
     parts: int = 1,
     workers: Workers | None = None,
     held: HeldFiles | None = None,
+    origin: Mapping[str, Any] | None = None,
     max_bad_share: float = 0.01,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda total_s: contextlib.nullcontext(lambda audio_s: None),
@@ -72,10 +76,11 @@ def prepare_set(
       workers: where shards are made (`workers.py`); None, and for a set that was made in memory:
         in this process, one at a time.
       held: where the set's files are fetched to, for as long as a shard needs them.
+      origin: what is put down beside the shards of where they are from; None: nothing is changed.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _settle(folder, plan)
+        _settle(folder, plan, origin)
     clips = shard_clips(clip_set, plan.shards)
     mine = range(plan.shards * (part - 1) // parts, plan.shards * part // parts)
     made = [stem(shard, plan.shards) for shard in range(plan.shards)]
@@ -84,9 +89,8 @@ def prepare_set(
         for shard in mine
         if not is_sealed(folder, made[shard], thorough=True)
     }
-    total = sum(len(clips[shard]) for shard in mine) + len(clip_set.bad)
-    part_name = "quarantine" if parts == 1 else f"quarantine-{part}-of-{parts}"
-    quarantine = _anew(folder / f"{part_name}.jsonl", clip_set, max_bad_share, total)
+    total = len(clip_set.clips) + len(clip_set.bad)  # whatever the part: the verdict is the job's
+    quarantine = _anew(folder, part, parts, clip_set, max_bad_share, total)
 
     def work(shard: int) -> ShardWork:
         some, read = _some(clip_set, clips[shard])
@@ -99,20 +103,37 @@ def prepare_set(
         _check_space(folder, total_s * _BYTES_PER_S + fetched)
         advance = stack.enter_context(progress(total_s))
         results = stack.enter_context(_made(crew, held, work, todo_s))
-        for shard in mine:  # in order, so that the quarantine is the same after any stop
-            if shard in todo_s:
-                bad = results[shard].result()
-                advance(todo_s[shard])
-            else:
-                bad = json.loads((folder / f"{made[shard]}.json").read_bytes())["bad"]
+        # In order, so that the quarantine is the same after any stop; then what others found.
+        for shard in sorted(range(plan.shards), key=lambda shard: shard not in mine):
+            done = shard not in todo_s
+            bad = _sealed_bad(folder, made[shard]) if done else results[shard].result()
+            advance(todo_s.get(shard, 0.0))
             for row in bad:
-                quarantine.add(clip_set.name, *row)
+                quarantine.add(clip_set.name, *row, elsewhere=shard not in mine)
     return [name for name in made if not is_sealed(folder, name, thorough=False)]
 
 
-def _anew(file: Path, clip_set: ClipSet, max_bad_share: float, total: int) -> Quarantine:
-    """A quarantine without what was there: what was mended since must not count."""
-    file.unlink(missing_ok=True)
+def _sealed_bad(folder: Path, name: str) -> list[BadRow]:
+    """Clips that were left out of a shard; none of one that is not there."""
+    try:
+        rows = json.loads((folder / f"{name}.json").read_bytes())["bad"]
+        return [(where, why, told) for where, why, told in rows]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def _anew(
+    folder: Path, part: int, parts: int, clip_set: ClipSet, max_bad_share: float, total: int
+) -> Quarantine:
+    """A quarantine without what was there: what was mended since must not count.
+
+    Lists of other cuttings into parts are removed; those of the other parts stay.
+    """
+    name = "quarantine" if parts == 1 else f"quarantine-{part}-of-{parts}"
+    file = folder / f"{name}.jsonl"
+    for old in folder.glob("quarantine*.jsonl"):
+        if old == file or not old.stem.endswith(f"-of-{parts}"):
+            old.unlink(missing_ok=True)
     quarantine = Quarantine(file, max_bad_share, total)
     quarantine.add_rows([clip_set])
     return quarantine
@@ -171,10 +192,22 @@ def _some(
     return clips, lambda index: clip_set.read(indices[index])
 
 
-def _settle(folder: Path, plan: ShardSet) -> None:
-    """Writes `set.json`; or refuses a folder with shards that were made of something else."""
-    if not any(folder.glob(f"*{SUFFIX}")):
+def _settle(folder: Path, plan: ShardSet, origin: Mapping[str, Any] | None) -> None:
+    """Writes `set.json` and `origin.json`, if the folder's shards are not of something else."""
+    refuse_others(folder, plan)
+    begun = any(folder.glob(f"*{SUFFIX}"))
+    if not begun:
         write_synced(folder / SET_FILE, json.dumps(asdict(plan), indent=1).encode())
+    if origin and origin != read_origin(folder):
+        content = json.dumps(origin, ensure_ascii=False, indent=1).encode()
+        write_synced(folder / ORIGIN_FILE, content)
+    elif origin is not None and not origin and not begun:
+        (folder / ORIGIN_FILE).unlink(missing_ok=True)  # it is of another request
+
+
+def refuse_others(folder: Path, plan: ShardSet) -> None:
+    """Raises UserError for a folder with shards that were made of something else."""
+    if not any(folder.glob(f"*{SUFFIX}")):
         return
     then, now = asdict(read_set(folder)), asdict(plan)
     changed = [f"{name} {then[name]} is now {now[name]}" for name in now if then[name] != now[name]]

@@ -2,17 +2,16 @@
 
 import contextlib
 import functools
-import json
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hebasr_jax.errors import UserError
+from hebasr_jax.flags import refuse_unread
 from hebasr_jax.run_config import Columns, Source
 
 if TYPE_CHECKING:
@@ -21,7 +20,22 @@ if TYPE_CHECKING:
     from hebasr_jax.data.speech_texts import Speech
     from hebasr_jax.data.workers import Workers
 
+    Opened = tuple[ClipSet, HeldFiles | None, dict[str, Any]]  # the last is its origin
+
 _TELL_EVERY_S = 10.0
+_ALWAYS = {"out", "format", "shard_mb", "processes", "max_bad_share"}
+_OF_SOURCE = {
+    "source", "name", "split", "columns", "schema", "normalizer", "without", "accept_licence",
+}  # fmt: skip
+_READ: dict[str, set[str]] = {  # flags that each mode reads besides
+    "--config": {"config", "accept_licence", "shard", "ray"},
+    "--source": {*_OF_SOURCE, "shard", "ray"},
+    "--pseudo-label": {*_OF_SOURCE, "pseudo_label", "second", "max_cer", "piece_s"},
+    "--synthesize": {
+        "synthesize", "name", "columns", "normalizer", "voice_command", "voices", "spoken", "seed",
+        "voice_limit_s", "licence",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class Prepare:
     without: tuple[str, ...] = ()
     """JSONL files with `id` and `reason` in each line: clips of --source to leave out"""
     accept_licence: bool = False
-    """use --schema although its licence is non-commercial or not stated"""
+    """use sets, of --schema or a config, whose licence is non-commercial or not stated"""
     format: Literal["pcm", "flac"] = "flac"
     """flac is about two thirds as large, pcm is decoded 17 times as fast"""
     shard_mb: float = 512.0
@@ -97,50 +111,73 @@ class Prepare:
     """with --pseudo-label, longer sound is cut at pauses into pieces of at most so many seconds"""
 
     def run(self) -> int:
-        from hebasr_jax.data.prepare import plan_set, prepare_set
-        from hebasr_jax.data.sources import describe
+        from hebasr_jax.data.shard_folder import alone
+        from hebasr_jax.data.workers import ended_as_by_ctrl_c
 
+        self._check()
         part, parts = _part(self.shard)
+        with ended_as_by_ctrl_c():
+            for folder, source in self._sources().items():
+                with alone(folder, part, parts):
+                    self._prepare(source, folder, part, parts)
+        return 0
+
+    def _check(self) -> None:
+        """Refuses flags that do not go together."""
         if not self.shard_mb > 0 or (self.processes is not None and self.processes < 1):
             raise UserError("--shard-mb and --processes must be positive")
-        if self.ray is not None and self.processes is not None:
-            raise UserError("--processes is not for --ray", "Ray knows its cores", "leave one out")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError("--max-bad-share is a share", "it lies in 0..1")
+        if self.synthesize is not None and self.pseudo_label:
+            why = "one makes speech of texts, the other texts of speech"
+            raise UserError("--synthesize and --pseudo-label exclude each other", why, "choose one")
+        if [self.config, self.source, self.synthesize].count(None) != 2:
+            do = "give --config, or --source and --name, or --synthesize and --name"
+            raise UserError(do, "one of them is needed")
         if bool(self.pseudo_label) != bool(self.second):
             raise UserError("--pseudo-label and --second belong together", "two systems must agree")
-        if self.pseudo_label and (self.source is None or self.shard != "1/1"):
-            raise UserError("--pseudo-label is for a whole --source, not for --config or --shard")
-        for folder, source in self._sources().items():
-            if self.synthesize is not None and self._is_synthesized(folder):
-                _say(f"{folder}: all shards are there; its path can stand in a config")
-                continue
-            with self._opened(source, folder) as (clip_set, held):
-                _say(describe(clip_set))
-                plan = plan_set(clip_set, self.format, self.shard_mb)
-                lacking = prepare_set(
-                    clip_set,
-                    folder,
-                    plan,
-                    part=part,
-                    parts=parts,
-                    workers=self._workers(),
-                    held=held,
-                    max_bad_share=self.max_bad_share,
-                    progress=functools.partial(progress, clip_set.name),
-                    say=_say,
-                )
-            if part == 1 and not self.pseudo_label:
-                _list_removed(clip_set, folder)
-            if not lacking:
-                _clear(folder)
-            _say(f"{folder}: {_told(plan.shards, lacking)}")
-        return 0
+        mode = "--config" if self.config is not None else "--source"
+        mode = "--synthesize" if self.synthesize is not None else mode
+        if self.pseudo_label and self.config is None:
+            mode = "--pseudo-label"
+        refuse_unread(self, _READ[mode] | _ALWAYS, mode)
+        if self.ray is not None and self.processes is not None:
+            raise UserError("--processes is not for --ray", "Ray knows its cores", "leave one out")
+
+    def _prepare(self, source: Source, folder: Path, part: int, parts: int) -> None:
+        from hebasr_jax.data.prepare import plan_set, prepare_set
+        from hebasr_jax.data.shard_folder import clear, list_removed
+        from hebasr_jax.data.sources import describe
+
+        if self._is_made(source, folder):
+            clear(folder)
+            _say(f"{folder}: all shards are there; its path can stand in a config")
+            return
+        with self._opened(source, folder) as (clip_set, held, origin):
+            _say(describe(clip_set))
+            plan = plan_set(clip_set, self.format, self.shard_mb)
+            lacking = prepare_set(
+                clip_set,
+                folder,
+                plan,
+                part=part,
+                parts=parts,
+                workers=self._workers(),
+                held=held,
+                origin=origin,
+                max_bad_share=self.max_bad_share,
+                progress=functools.partial(progress, clip_set.name),
+                say=_say,
+            )
+        if part == 1 and not self.pseudo_label:
+            list_removed(folder, clip_set.removed)
+        if not lacking:
+            clear(folder)
+        _say(f"{folder}: {_told(plan.shards, lacking)}")
 
     def _sources(self) -> dict[Path, Source]:
         """Each set and the folder for its shards."""
         given = self.source if self.synthesize is None else str(self.synthesize)
-        if (self.config is None) == (given is None) or self.source not in (None, given):
-            do = "give --config, or --source and --name, or --synthesize and --name"
-            raise UserError(do, "one of them is needed")
         if given is not None:
             source = Source(
                 self.name or "",
@@ -155,12 +192,14 @@ class Prepare:
             sets: dict[str, tuple[Source, ...]] = {"": (source,)}
         else:
             from hebasr_jax.config_file import load_config
+            from hebasr_jax.data.hub_sets import sets_of_hub
 
             assert self.config is not None
             data = load_config(self.config).config.data
+            train, dev = (tuple(map(self._allowed, some)) for some in (data.train, data.dev))
             if self.out is None:
-                return _of_hub(self.config, (*data.train, *(s for s in data.dev if s.schema)))
-            sets = {"train": data.train, "dev": data.dev}
+                return sets_of_hub(self.config, (*train, *(s for s in dev if s.schema)), _say)
+            sets = {"train": train, "dev": dev}
         if self.out is None:
             raise UserError("--out is not given", do="name a folder for the shards")
         folders = {self.out / use / source.name: source for use in sets for source in sets[use]}
@@ -171,13 +210,14 @@ class Prepare:
             raise UserError(f"{self.config}: has no set in data.train or data.dev")
         return folders
 
+    def _allowed(self, source: Source) -> Source:
+        return replace(source, accept_licence=source.accept_licence or self.accept_licence)
+
     def _speech(self) -> "tuple[Speech, dict[str, Any]]":
         """What is to be spoken, and all that decides what is made of it."""
         from hebasr_jax.data.speech_texts import Speech, check
         from hebasr_jax.data.synthesize import request_of
 
-        if self.split or self.schema or self.without or self.shard != "1/1":
-            raise UserError("--split, --schema, --without and --shard are not for --synthesize")
         assert self.synthesize is not None
         speech = Speech(
             self.synthesize,
@@ -193,10 +233,31 @@ class Prepare:
         check(speech)
         return speech, request_of(speech, format=self.format, shard_mb=self.shard_mb)
 
-    def _is_synthesized(self, folder: Path) -> bool:
-        from hebasr_jax.data.synthesize import is_made
+    def _is_made(self, source: Source, folder: Path) -> bool:
+        """Whether shards of just this are all there, where that can be told without the clips."""
+        if self.synthesize is not None:
+            from hebasr_jax.data.shard_folder import list_removed
+            from hebasr_jax.data.shards import REMOVED_FILE
+            from hebasr_jax.data.speech_texts import read_texts
+            from hebasr_jax.data.synthesize import is_made
 
-        return is_made(folder, self._speech()[1])
+            speech, request = self._speech()
+            made = is_made(folder, request)
+            if made and not (folder / REMOVED_FILE).is_file():  # a kill came between
+                list_removed(folder, read_texts(speech)[2])
+            return made
+        if self.config is None or self.out is not None:
+            return False
+        from hebasr_jax.data.adapters import refuse_licence
+        from hebasr_jax.data.hub_sets import is_finished
+
+        refuse_licence(source)
+        return is_finished(folder, self._hub_request(source))
+
+    def _hub_request(self, source: Source) -> dict[str, Any]:
+        from hebasr_jax.data.hub_sets import request_of
+
+        return request_of(source, format=self.format, shard_mb=self.shard_mb)
 
     def _synthesized(self, name: str, folder: Path) -> "ClipSet":
         """A set whose sounds are made by a voice, in the folder of its shards."""
@@ -217,16 +278,26 @@ class Prepare:
 
     def _labelled(self, source: Source, folder: Path) -> "ClipSet":
         """What two systems agree on in a source, whose own texts count for nothing."""
+        from hebasr_jax.data.prepare import plan_set, refuse_others
         from hebasr_jax.data.pseudo_label import Labelling, label_set
         from hebasr_jax.data.sources import describe, open_source
 
         labelling = Labelling(self.pseudo_label, self.second, self.max_cer, self.piece_s)
         clip_set = open_source(replace(source, normalizer=""), unlabelled=True)
         _say(describe(clip_set))
-        shown = functools.partial(progress, source.name)
-        bad = self.max_bad_share
+
+        def check(made: "ClipSet") -> None:
+            refuse_others(folder, plan_set(made, self.format, self.shard_mb))
+
         return label_set(
-            clip_set, source, folder, labelling, max_bad_share=bad, progress=shown, say=_say
+            clip_set,
+            source,
+            folder,
+            labelling,
+            max_bad_share=self.max_bad_share,
+            check=check,
+            progress=functools.partial(progress, source.name),
+            say=_say,
         )
 
     def _workers(self) -> "Workers | None":
@@ -238,100 +309,23 @@ class Prepare:
         return processes(count) if count > 1 else None
 
     @contextlib.contextmanager
-    def _opened(self, source: Source, folder: Path) -> "Iterator[tuple[ClipSet, HeldFiles | None]]":
-        """A set that lies here, or else on the hub, whose commit is put down beside its shards."""
-        from hebasr_jax.data.adapters import filled, find_adapter
-        from hebasr_jax.data.hub_files import held_files
-        from hebasr_jax.data.shards import ORIGIN_FILE, read_origin, write_synced
+    def _opened(self, source: Source, folder: Path) -> "Iterator[Opened]":
+        """A set that lies here, is made here, or lies on the hub."""
+        from hebasr_jax.data.hub_sets import opened_of_hub, origin_here
+        from hebasr_jax.data.shards import read_origin
         from hebasr_jax.data.sources import open_source
-        from hebasr_jax.hub import list_dataset
 
         if self.synthesize is not None:
-            yield self._synthesized(source.name, folder), None
-            return
-        if self.pseudo_label:
-            yield self._labelled(source, folder), None
-            return
-        if self.out is not None:
-            yield open_source(source), None
-            return
-        adapter = find_adapter(source.schema)
-        hub, split = source.hub or adapter.hub, source.split or adapter.splits[0]
-        begun = read_origin(folder)  # the other shards are of the same commit
-        found = list_dataset(hub, adapter.config, split, revision=begun.get("revision"))
-        columns = source.columns
-        audio = columns.audio if columns.audio != Columns.audio else adapter.columns.audio
-        size = sum(file.size for file in found.files) / 1e9
-        _say(f"{source.name}: {len(found.files)} files of {hub}, {size:.1f} GB; reading the texts")
-        with held_files(found, audio, folder, self.shard) as (files, held):
-            of_dev = None if split == adapter.splits[0] else split  # else rows may tell none
-            clip_set = open_source(replace(source, split=of_dev), files=files, held=held)
-            told = {
-                "hub": hub,
-                "config": adapter.config,
-                "split": split,
-                "revision": found.revision,
-                "licence": filled(source).licence,
-                "clips": len(clip_set.clips),
-                "bad": len(clip_set.bad),
-                "removed": len(clip_set.removed),
-            }
-            if told != begun:
-                content = json.dumps(told, ensure_ascii=False, indent=1).encode()
-                write_synced(folder / ORIGIN_FILE, content)
-            yield clip_set, held
-
-
-def _of_hub(config: Path, sources: Sequence[Source]) -> dict[Path, Source]:
-    """The sets of the hub that a config wants shards of, by the folder that it reads.
-
-    Shards hold all clips, texts as they came: lists, quality and normaliser count when they are
-    read, so that several sets of a config can share them.
-    """
-    from hebasr_jax.data.shards import SET_FILE
-    from hebasr_jax.data.sources import is_there
-
-    folders: dict[Path, Source] = {}
-    for source in sources:
-        folder = Path(source.path).expanduser()
-        if is_there(source) and not (source.schema and (folder / SET_FILE).is_file()):
-            _say(f"{source.name}: {source.path} is there, and is left as it is")
-        elif source.schema:
-            whole = replace(source, without=(), only=None, min_quality=None, normalizer="")
-            folders.setdefault(folder, whole)
+            yield self._synthesized(source.name, folder), None, read_origin(folder)
+        elif self.pseudo_label:
+            yield self._labelled(source, folder), None, read_origin(folder)
+        elif self.out is not None:
+            clip_set = open_source(source)
+            yield clip_set, None, origin_here(source, clip_set)
         else:
-            raise UserError(
-                f"{source.name}: {source.path} is not there",
-                "the set has no schema, by which it could be fetched from the hub",
-                "put a manifest, parquet files or shards there, or name a schema in the config",
-            )
-    if not folders:
-        _say(f"{config}: nothing is to be fetched; with --out the sets that are here get shards")
-    return folders
-
-
-def _clear(folder: Path) -> None:
-    """Removes what only the making of shards needed, or a kill left; no part writes any more."""
-    from hebasr_jax.data.hub_files import HUB_FOLDER
-    from hebasr_jax.data.shard_work import remove_partials
-    from hebasr_jax.data.shards import ORIGIN_FILE, SET_FILE
-    from hebasr_jax.data.synthesize import SPEECH_FOLDER
-
-    for made in (HUB_FOLDER, SPEECH_FOLDER):
-        shutil.rmtree(folder / made, ignore_errors=True)
-    for name in (ORIGIN_FILE, SET_FILE):
-        remove_partials(folder, name)
-
-
-def _list_removed(clip_set: "ClipSet", folder: Path) -> None:
-    """Writes `removed.jsonl`: rows left out on purpose, each with its reason."""
-    from hebasr_jax.data.shard_work import remove_partials
-    from hebasr_jax.data.shards import REMOVED_FILE, write_synced
-
-    remove_partials(folder, REMOVED_FILE)  # only one part writes it
-    rows = [{"id": row, "reason": reason} for row, reason in clip_set.removed]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_synced(folder / REMOVED_FILE, "".join(lines).encode("utf-8", "replace"))
+            request = self._hub_request(source)
+            with opened_of_hub(source, folder, request, self.shard, _say) as opened:
+                yield opened
 
 
 def _part(shard: str) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,13 +19,20 @@ import numpy as np
 from hebasr_jax.data.adapt import normalized
 from hebasr_jax.data.adapters import filled
 from hebasr_jax.data.audit import cer
-from hebasr_jax.data.clips import BadClip, Clip, ClipSet, Removed
+from hebasr_jax.data.clips import Clip, ClipSet, Removed
 from hebasr_jax.data.label_log import append, json_lines, resume, write_json
-from hebasr_jax.data.label_pieces import Part, cut_all, piece_reader
+from hebasr_jax.data.label_pieces import Part, cut_all, piece_reader, waves_of
 from hebasr_jax.data.prepare import Progress
 from hebasr_jax.data.quality import top_reasons
 from hebasr_jax.data.shard_work import writing
-from hebasr_jax.data.shards import ORIGIN_FILE, REMOVED_FILE, file_digest, write_synced
+from hebasr_jax.data.shards import (
+    ORIGIN_FILE,
+    REMOVED_FILE,
+    SUFFIX,
+    file_digest,
+    read_origin,
+    write_synced,
+)
 from hebasr_jax.errors import UserError
 from hebasr_jax.hypotheses import read_texts
 from hebasr_jax.identity import key_of
@@ -41,7 +47,6 @@ CONTROL = "faster-whisper:"
 
 LABELS_FOLDER, LABELS_FILE = "labels", "labels.json"
 _CALL_S = (300.0, 3600.0)  # of audio between two writes, on a CPU and on a GPU
-_THREADS = 4  # pieces read at a time
 _BINS = 20  # of the histogram of CER
 
 
@@ -100,6 +105,7 @@ def label_set(
     labelling: Labelling,
     *,
     max_bad_share: float,
+    check: Callable[[ClipSet], None],
     progress: Progress,
     say: Callable[[str], None],
 ) -> ClipSet:
@@ -109,14 +115,13 @@ def label_set(
     removed.jsonl with each piece that is left out, why, and its CER. Raises UserError for systems
     that cannot be had, for labels in the folder that something else made, for too many clips that
     cannot be read, and when nothing is kept.
+
+    Args:
+      check: raises UserError where shards in the folder are of another set than what was made.
     """
+    _refuse_other_sound(folder, clip_set)
     labels = folder / LABELS_FOLDER
-    first, second = load_system(labelling.first), load_system(labelling.second)
-    if isinstance(first, _Transcript):
-        raise UserError(f"--pseudo-label {labelling.first} is no model", "", "Use it as --second.")
-    if not isinstance(second, _Transcript) and second.key == first.key:
-        why = "One system always agrees with itself."
-        raise UserError(f"{labelling.second} is the same model as {labelling.first}", why)
+    first, second = _load_both(labelling)
     with writing(folder):
         labels.mkdir(parents=True, exist_ok=True)
     say(f"{clip_set.name}: looking for pauses")
@@ -138,7 +143,10 @@ def label_set(
     kept, removed = _judged(clip_set, parts, told, labelling.max_cer, source.normalizer)
     about = {name: _named(system) for name, system in systems.items()}
     summary = _summary(clip_set, labelling, about, parts, kept, removed)
-    rows = [*removed, *({"id": where, "reason": reason} for where, reason in bad)]
+    lost = [*clip_set.removed, *bad]
+    rows = [*removed, *({"id": where, "reason": reason} for where, reason in lost)]
+    made = _kept_set(clip_set, kept, rows)
+    check(made)
     with writing(folder):
         write_json(folder / LABELS_FILE, summary)
         write_synced(folder / REMOVED_FILE, json_lines(rows))
@@ -147,7 +155,28 @@ def label_set(
         reasons = top_reasons(row["reason"] for row in rows)
         do = f"See {folder / LABELS_FILE} for how far apart the systems are."
         raise UserError(f"{clip_set.name}: no piece of {len(parts)} is kept", reasons, do)
-    return _kept_set(clip_set, kept, rows, bool(source.normalizer))
+    return made
+
+
+def _load_both(labelling: Labelling) -> "tuple[System, System | _Transcript]":
+    first, second = load_system(labelling.first), load_system(labelling.second)
+    if isinstance(first, _Transcript):
+        raise UserError(f"--pseudo-label {labelling.first} is no model", "", "Use it as --second.")
+    if not isinstance(second, _Transcript) and second.key == first.key:
+        why = "One system always agrees with itself."
+        raise UserError(f"{labelling.second} is the same model as {labelling.first}", why)
+    return first, second
+
+
+def _refuse_other_sound(folder: Path, clip_set: ClipSet) -> None:
+    """Refuses a folder with shards of another sound, before hours of listening."""
+    then = read_origin(folder).get("source_fingerprint")
+    if any(folder.glob(f"*{SUFFIX}")) and then != clip_set.fingerprint:
+        raise UserError(
+            f"{folder}: its shards were begun with another source or other settings",
+            "They are not pseudo-labelled shards of this sound.",
+            "Give a new --out or --name.",
+        )
 
 
 def _written(
@@ -175,7 +204,7 @@ def _written(
     rows = resume(file, made_by, ends)
     left = calls[ends.index(len(rows)) :]
     with progress(sum((p.end_s - p.start_s for call in left for p in call), start=0.0)) as advance:
-        for call, waves in zip(left, _waves(clip_set, left), strict=True):
+        for call, waves in zip(left, waves_of(clip_set, left), strict=True):
             found = system.decode(waves, [""] * len(waves))
             made = [
                 {
@@ -204,26 +233,6 @@ def _calls(parts: Iterable[Part], call_s: float) -> Iterator[list[Part]]:
             call, seconds = [], 0.0
     if call:
         yield call
-
-
-def _waves(clip_set: ClipSet, calls: Sequence[Sequence[Part]]) -> Iterator[list[np.ndarray]]:
-    """The int16 samples of each call's pieces; those of the next are read meanwhile."""
-    read = piece_reader(clip_set)
-    pool = ThreadPoolExecutor(_THREADS)
-    try:
-        ahead = [pool.submit(read, part) for part in calls[0]] if calls else []
-        for number, call in enumerate(calls):
-            now, after = ahead, calls[number + 1 : number + 2]
-            ahead = [pool.submit(read, part) for part in itertools.chain(*after)]
-            try:
-                yield [future.result() for future in now]
-            except BadClip as fault:
-                why = "It could when pauses were looked for."
-                raise UserError(
-                    f"{clip_set.name}: {call[0].id} cannot be read: {fault}", why
-                ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _refuse_others(second: _Transcript, parts: Sequence[Part], labels: Path) -> None:
@@ -302,7 +311,6 @@ def _kept_set(
     clip_set: ClipSet,
     kept: Sequence[tuple[Part, Clip, float]],
     rows: Sequence[Mapping[str, Any]],
-    normalizer: bool,
 ) -> ClipSet:
     read = piece_reader(clip_set)
     parts, clips = [part for part, _, _ in kept], tuple(clip for _, clip, _ in kept)
@@ -363,11 +371,11 @@ def _origin(
     kept: Sequence[tuple[Part, Clip, float]],
 ) -> dict[str, Any]:
     """What origin.json holds, for the cards."""
-    whole = filled(source)
+    whole, before = filled(source), read_origin(Path(source.path).expanduser())
     named = [f"{entry['name']}" for entry in systems.values()]
     return {
-        "hub": whole.hub,
-        "licence": whole.licence,
+        "hub": whole.hub or before.get("hub"),
+        "licence": whole.licence or before.get("licence"),
         "source_fingerprint": clip_set.fingerprint,
         "pseudo_labels": {"by": named, "max_cer": labelling.max_cer, "systems": dict(systems)},
         "clips": len(kept),

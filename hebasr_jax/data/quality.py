@@ -52,8 +52,11 @@ class Quarantine:
         detail: str = "",
         epoch: int | None = None,
         step: int | None = None,
+        elsewhere: bool = False,
     ) -> None:
         """Puts one clip on record. Raises UserError once more clips are bad than may be.
+
+        One that is on record elsewhere only counts.
 
         A file that cannot be written does not stop the run, but is told, and again at the limit.
         """
@@ -68,7 +71,8 @@ class Quarantine:
         with self._lock:
             if (set_name, clip_id) not in self._reasons:
                 self._reasons[set_name, clip_id] = reason
-                self._append(row)
+                if not elsewhere:
+                    self._append(row)
             if len(self._reasons) > self._limit:
                 raise self._too_many()
 

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hebasr_jax.data.clips import Clip, Removed
+from hebasr_jax.data.clips import Clip, Removed, quality_fault
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Source
 
-_ROUNDING = 1e-6  # scores may be stored as float32
 _MOST_ABSENT = 0.1  # of the ids of `only`
 
 
@@ -48,29 +47,26 @@ class Selection:
             raise Removed(clip.id, self.without[clip.id])
         if self.only is not None and clip.id not in self.only:
             raise Removed(clip.id, "is not on the list of clips to keep")
-        if self.min_quality is None:
-            return
-        if clip.quality is None:
-            raise Removed(clip.id, "has no quality score")
-        if clip.quality < self.min_quality - _ROUNDING:
-            raise Removed(clip.id, f"has a quality below {self.min_quality:g}")
+        if self.min_quality is not None and (fault := quality_fault(clip, self.min_quality)):
+            raise Removed(clip.id, fault)
 
     def absent(self, bad: int) -> list[str]:
         """A line for each list with ids that no clip has, once all clips of a set were checked.
 
-        Raises UserError where a tenth of the ids of `only` are absent, besides so many as there
-        are bad rows, whose ids may not be known: then it is a list of another set, or of rows that
-        have gone since. One of `without` may be of several sets.
+        Raises UserError where a tenth of the ids of `only` are absent, or all of one of `without`,
+        which may be of several sets; besides so many as there are bad rows, whose ids may not be
+        known: then it is a list of another set, or of rows that have gone since.
         """
         told = []
         for name, ids in self.lists.items():
             lacking = ids - self.met
-            if ids == self.only and len(lacking) - bad > _MOST_ABSENT * len(ids):
+            most = _MOST_ABSENT * len(ids) if ids == self.only else len(ids) - 1
+            if ids and len(lacking) - bad > most:
                 raise UserError(
                     f"{name}: {len(lacking):,} of its {len(ids):,} ids are not in the set",
                     f"such as {min(lacking)!r}",
-                    "Name the list that was made of this set, or make it anew "
-                    "(`hebasr panel`, `hebasr split`).",
+                    "Name the list that was made of this set, make it anew (`hebasr panel`, "
+                    "`hebasr split`), or take it out where the set was prepared without them.",
                 )
             if lacking:
                 told.append(f"{len(lacking):,} of {len(ids):,} ids of {name} are not in the set")
@@ -78,7 +74,10 @@ class Selection:
 
 
 def _list(name: str) -> Iterator[tuple[str, str]]:
-    """The id and the reason ("" where there is none) in each line of a JSONL file."""
+    """The id and the reason ("" where there is none) in each line of a JSONL file.
+
+    A line with `row` in place of `id` is of a row that is no clip anyway, and is passed over.
+    """
     do = 'Each line is a JSON object such as {"id": "7", "reason": "noise"}.'
     try:
         lines = Path(name).expanduser().read_bytes().splitlines()
@@ -90,6 +89,8 @@ def _list(name: str) -> Iterator[tuple[str, str]]:
             continue
         try:
             row = json.loads(line)
+            if "row" in row and "id" not in row:
+                continue
             clip_id, reason = row["id"], row.get("reason") or ""
             if not isinstance(clip_id, str | int) or not isinstance(reason, str):
                 raise ValueError("id or reason is no string")

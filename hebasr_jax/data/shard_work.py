@@ -100,11 +100,11 @@ def remove_partials(folder: Path, name: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, again: str = AGAIN) -> Iterator[None]:
     """Tells faults of the disk as the user's to mend; ArrayRecord raises RuntimeError for them."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or str(error).split(";")[0]
-        do = f"Free space or mend the disk. {AGAIN}"
+        do = f"Free space or mend the disk. {again}"
         raise UserError(f"{folder}: cannot be written", why, do) from error

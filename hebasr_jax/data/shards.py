@@ -25,7 +25,7 @@ from hebasr_jax.errors import UserError
 Format = Literal["pcm", "flac"]
 SET_FILE = "set.json"
 REMOVED_FILE = "removed.jsonl"  # rows left out on purpose, each with its reason
-ORIGIN_FILE = "origin.json"  # of a set of the hub: which one, at which commit, its licence
+ORIGIN_FILE = "origin.json"  # where the clips are from, such as a set of the hub, and the licence
 SUFFIX = ".arrayrecord"
 WRITER_OPTIONS = "group_size:1,uncompressed"  # each record by itself; sound does not compress
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -96,7 +96,7 @@ def read_set(folder: Path) -> ShardSet:
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """What `prepare` put down of a hub set beside its shards; {} where it did not."""
+    """What `prepare` put down beside shards of where they are from; {} where it did not."""
     try:
         told = json.loads((folder / ORIGIN_FILE).read_bytes())
     except (OSError, ValueError):
@@ -115,6 +115,14 @@ def is_sealed(folder: Path, name: str, *, thorough: bool) -> bool:
         )
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all shards are there, each with the sealed sha256."""
+    if not (folder / SET_FILE).is_file():
+        return False
+    shards = read_set(folder).shards
+    return all(is_sealed(folder, stem(shard, shards), thorough=True) for shard in range(shards))
 
 
 def shard_rows(folder: Path) -> Iterator[tuple[str, bytes]]:

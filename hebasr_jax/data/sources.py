@@ -146,14 +146,14 @@ def open_source(
 def _allowed(source: Source, unlabelled: bool) -> Source:
     """The source with what its schema says of it. Raises UserError where it may not be used."""
     refuse_licence(source)
-    if source.schema and find_adapter(source.schema).transcript == "none" and not unlabelled:
+    if unlabelled:
+        source = replace(source, columns=replace(source.columns, text="", context="", segments=""))
+    elif source.schema and not (source.columns.text and find_adapter(source.schema).columns.text):
         raise UserError(
             f"{source.name}: schema {source.schema} has no text to train on",
             "An empty text would say that nobody speaks.",
             "Give it pseudo-labels first.",
         )
-    if unlabelled and not source.schema:
-        source = replace(source, columns=replace(source.columns, text="", context="", segments=""))
     return filled(source)
 
 

@@ -28,7 +28,7 @@ _ESPEAK_VOICES = tuple(f"he+{variant}" for variant in espeak.VARIANTS)
 class Speech:
     """What is said, and how.
 
-    texts: JSONL with `columns.text`, or any other text file with a sentence a line.
+    texts: JSONL (.jsonl or .json) with `columns.text`, or another text file, a sentence a line.
     spoken: field that the voice is given in place of the text; "": the text, as it is trained on.
     command: run for each text, without a shell; "": eSpeak NG. It reads the text from its standard
     input, {text} or {text_file}, and writes the wav file {out}; {voice} and {seed} are drawn by
@@ -81,6 +81,26 @@ def check(speech: Speech) -> None:
         raise UserError("--voice-limit-s must be positive")
     if not speech.texts.is_file():
         raise UserError(f"{speech.texts}: no such file", "", "check the path of the texts")
+    if speech.texts.suffix.lower() == ".json":
+        _refuse_no_rows(speech.texts)
+
+
+def _refuse_no_rows(texts: Path) -> None:
+    """A .json file may have a row a line; any other would be said as it is written."""
+    with texts.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"")
+    try:
+        parse_line(first)
+    except BadClip as fault:
+        raise UserError(
+            f"{texts}: is not JSONL",
+            f"Its first line {fault.reason}.",
+            "Write one JSON object a line, or a .txt file with a sentence a line.",
+        ) from None
+
+
+def _has_rows(texts: Path) -> bool:
+    return texts.suffix.lower() in (".jsonl", ".json")
 
 
 def read_texts(
@@ -110,8 +130,9 @@ def read_texts(
 
 def _read_line(speech: Speech, line: bytes, fallback: str) -> Line:
     """A line of the texts. Raises `BadClip` or `Removed`."""
-    row = parse_line(line) if speech.texts.suffix == ".jsonl" else {"text": _decoded(line)}
-    columns = speech.columns if speech.texts.suffix == ".jsonl" else Columns()
+    of_rows = _has_rows(speech.texts)
+    row = parse_line(line) if of_rows else {"text": _decoded(line)}
+    columns = speech.columns if of_rows else Columns()
     taken = {name: value_of(row, getattr(columns, name)) for name in _CARRIED}
     if taken["text"] is None:
         raise BadClip(f"has no {columns.text!r}", f"its fields are {', '.join(row)}")

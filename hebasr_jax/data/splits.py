@@ -15,12 +15,14 @@ import numpy as np
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.data.clips import BadClip, Clip, ClipSet
 from hebasr_jax.data.draws import clip_key
+from hebasr_jax.data.shard_work import writing
 from hebasr_jax.data.shards import write_synced
 from hebasr_jax.errors import UserError
 
 FIELDS = ("recording", "speaker", "source")
 _MOST = 1.25  # of the hours that are asked for
 _GAP_S = 0.3  # silence between stitched clips
+_OTHER_OUT = "Or give another --out."
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def hold_out(
 
     Args:
       by: fields of `FIELDS`; clips that share one of them, directly or by way of others, are one
-        group.
+        group. Recordings of one name in two sources are one group as well: too wide is safe.
       barred: ids that are on neither side, such as those that overlap a test set.
       or_shortest: where each group is too long, the shortest is held out.
 
@@ -113,7 +115,10 @@ def write_split(
     """Writes `dev.jsonl` (for `Source.only`) and `not_for_training.jsonl` (`Source.without`).
 
     The second holds the clips of the first, and the others of their groups, and those that are
-    barred; so that both files can only have been written of one set. Returns what to tell.
+    barred; so that both files can only have been written of one set. Long recordings of an older
+    split in the folder are removed. Returns what to tell.
+
+    Raises UserError where nothing is left to train on, and for a folder that cannot be written to.
     """
     clips, out = clip_set.clips, set(barred)
     groups = {int(split.group_C[i]) for i in split.held_out}
@@ -126,10 +131,18 @@ def write_split(
             kept_out.append({"id": clip.id, "reason": f"is held out by {' and '.join(by)}"})
         else:
             train.append(index)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("dev.jsonl", dev), ("not_for_training.jsonl", kept_out)):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_synced(folder / name, "".join(lines).encode())
+    if not train:
+        raise UserError(
+            f"{clip_set.name}: nothing is left to train on",
+            f"all {len(clips):,} clips are held out or overlap a test set",
+            "Ask for fewer --hours.",
+        )
+    with writing(folder, _OTHER_OUT):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_long(folder)
+        for name, rows in (("dev.jsonl", dev), ("not_for_training.jsonl", kept_out)):
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_synced(folder / name, "".join(lines).encode())
     told: dict[str, Any] = {}
     for side, indices in (("dev", split.held_out), ("train", train)):
         told[side] = {"clips": len(indices), "hours": _hours(clips, indices)}
@@ -141,14 +154,14 @@ def write_split(
 
 
 def stitch(clip_set: ClipSet, indices: Sequence[int], length_s: float) -> Iterator[list[int]]:
-    """Neighbouring clips of one recording (or source), together about `length_s` long.
+    """Neighbouring clips of one recording (or speaker) of one source, about `length_s` together.
 
     A recording's last piece may be shorter; one of under half that length joins the one before.
     """
-    by_name: dict[str, list[int]] = defaultdict(list)
+    by_name: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index in indices:
         clip = clip_set.clips[index]
-        by_name[clip.recording or clip.source or clip.speaker].append(index)
+        by_name[clip.source, clip.recording or clip.speaker].append(index)
     for _, members in sorted(by_name.items()):
         pieces: list[list[int]] = [[]]
         length = 0.0
@@ -184,7 +197,8 @@ def write_long(
     """
     import soundfile
 
-    (folder / "long").mkdir(parents=True, exist_ok=True)
+    with writing(folder, _OTHER_OUT):
+        (folder / "long").mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for piece in stitch(clip_set, indices, length_s):
         waves, texts = [], []
@@ -197,7 +211,8 @@ def write_long(
         if not waves:
             continue
         wave, name = channel(np.concatenate(waves[:-1])), f"long/{len(rows):04d}.flac"
-        soundfile.write(folder / name, wave, SAMPLE_RATE, subtype="PCM_16")
+        with writing(folder, _OTHER_OUT):
+            soundfile.write(folder / name, wave, SAMPLE_RATE, subtype="PCM_16")
         first = clip_set.clips[piece[0]]
         rows.append(
             {
@@ -211,8 +226,17 @@ def write_long(
         )
         advance(len(wave) / SAMPLE_RATE)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_synced(folder / "dev_long.jsonl", "".join(lines).encode())
+    with writing(folder, _OTHER_OUT):
+        write_synced(folder / "dev_long.jsonl", "".join(lines).encode())
     return rows
+
+
+def _remove_long(folder: Path) -> None:
+    """What `write_long` wrote to a folder, the manifest first; files of others stay."""
+    (folder / "dev_long.jsonl").unlink(missing_ok=True)
+    for file in (folder / "long").glob("*.flac"):
+        if file.stem.isdecimal():
+            file.unlink()
 
 
 def _names(clip: Clip, by: Sequence[str]) -> list[tuple[str, str]]:

@@ -31,12 +31,10 @@ from hebasr_jax.data.shards import (
     ORIGIN_FILE,
     SUFFIX,
     file_digest,
-    is_sealed,
+    is_whole,
     manifest_row,
     publish,
     read_origin,
-    read_set,
-    stem,
     write_synced,
 )
 from hebasr_jax.data.sources import open_source
@@ -125,9 +123,7 @@ def is_made(folder: Path, request: Mapping[str, Any]) -> bool:
             "; ".join(f"{name} {then.get(name)} is now {request[name]}" for name in changed)[:400],
             "Give what was given then, or a new --out or --name.",
         )
-    shards = read_set(folder).shards
-    names = (stem(shard, shards) for shard in range(shards))
-    made = all(is_sealed(folder, name, thorough=True) for name in names)
+    made = is_whole(folder)
     if made and then.get("licence") != request["licence"]:
         _put_down(folder, {**then, **request})
     return made

@@ -44,6 +44,22 @@ def cores() -> int:
 
 
 @contextlib.contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, which ends voices and processes and what is half-written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    before = signal.signal(
+        signal.SIGTERM, handler if callable(handler) else signal.default_int_handler
+    )
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def here() -> Iterator[Crew]:
     """One shard at a time, in this process."""
     lock, stop = threading.Lock(), threading.Event()
