@@ -54,7 +54,8 @@ class Audit:
     def run(self) -> int:
         from hebasr_jax.data.adapters import filled
         from hebasr_jax.data.audit import Limits, audit_set
-        from hebasr_jax.data.audit_card import refuse_set, told, write_audit
+        from hebasr_jax.data.audit_card import refuse_set, told, told_change, write_audit
+        from hebasr_jax.data.normalize import effect
         from hebasr_jax.data.sources import describe, open_source
 
         if self.sample < 1 or self.threads < 1 or self.seed < 0:
@@ -81,8 +82,10 @@ class Audit:
                     threads=self.threads,
                     advance=advance,
                 )
-            write_audit(audit, filled(source), folder)
-            for line in told(audit):
+            came = open_source(replace(source, normalizer="")) if source.normalizer else clip_set
+            change = effect({clip.id: clip.text for clip in came.clips})
+            write_audit(audit, filled(source), folder, change)
+            for line in [*told_change(source.name, change), *told(audit)]:
                 _say(line)
             stop |= audit.verdict.decision == "stop"
         return _STOP if stop else 0

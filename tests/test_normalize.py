@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hebasr_jax.data.normalize import normalize_hebrew
+from hebasr_jax.data.normalize import effect, normalize_hebrew
 from hebasr_jax.metrics import normalize_ivrit
 
 LETTERS = "אבגדהוזחטיכךלמםנןסעפףצץקרשת"
@@ -154,3 +154,26 @@ def test_a_long_text_takes_no_long_time(unit) -> None:
     normal = normalize_hebrew(unit * (100_000 // len(unit)))
     assert time.perf_counter() - start < 2
     assert normalize_hebrew(normal) == normal
+
+
+def test_the_effect_on_a_set_is_counted_and_shown() -> None:
+    texts = {str(n): f"שלום {n}" for n in range(40)}
+    texts |= {
+        "points": "שָׁלוֹם לכם",
+        "remark": "(מחיאות כפיים)",
+        "label": "מר כהן: " + "כן " * 9 + "כן",
+    }
+    found = effect(texts)
+    assert (found["texts"], found["changed"], found["emptied"]) == (43, 3, 1)
+    shown = {row["id"]: (row["before"], row["after"]) for row in found["examples"]}
+    assert next(iter(shown)) == "remark"  # of which most goes
+    assert shown == {name: (texts[name], normalize_hebrew(texts[name])) for name in shown}
+    assert shown.keys() == {"points", "remark", "label"}
+
+
+def test_examples_are_few_and_reach_over_the_set() -> None:
+    found = effect({str(n): "(צחוק) " + "מילה " * (n + 1) + "סוף" for n in range(100)})
+    shown = [int(row["id"]) for row in found["examples"]]
+    assert len(shown) == len(set(shown)) == 12
+    assert shown[:6] == [0, 1, 2, 3, 4, 5]
+    assert max(shown) > 80

@@ -14,6 +14,7 @@ import numpy as np
 
 from hebasr_jax.charts import histogram
 from hebasr_jax.data.audit import Audit
+from hebasr_jax.data.normalize import HEBREW_V1
 from hebasr_jax.data.shards import REMOVED_FILE, SET_FILE, read_origin
 from hebasr_jax.errors import UserError
 from hebasr_jax.metrics import NORMALIZER
@@ -22,15 +23,20 @@ from hebasr_jax.run_config import Source
 
 _BINS = 30
 _WORST = 30
+_NO_FACTS = ("histograms", HEBREW_V1)
 _LONGEST_SHOWN = 300  # characters of a text in the table
 _COMMIT = re.compile(r"snapshots/([0-9a-f]{40})(?:/|$)")  # where the hub's cache keeps a revision
 _BY_RATE = "judged by characters a second alone, which cannot see a wrong text of the right length"
 
 
-def write_audit(audit: Audit, source: Source, out: Path) -> None:
-    """Writes the three files to `out`, each whole or not at all. Raises UserError."""
+def write_audit(audit: Audit, source: Source, out: Path, change: dict[str, Any]) -> None:
+    """Writes the three files to `out`, each whole or not at all. Raises UserError.
+
+    Args:
+      change: what `normalize.effect` gives for the texts as they came.
+    """
     refuse_set(out)
-    result = summary(audit, source)
+    result = summary(audit, source) | {HEBREW_V1: change}
     rows = removed(audit)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -124,6 +130,17 @@ def told(audit: Audit) -> list[str]:
     return [line, f"{how}; above 15 % is stop", "look at the worst rows in card.html"]
 
 
+def told_change(name: str, change: dict[str, Any]) -> list[str]:
+    """What the training normaliser does to the set, with three examples."""
+    lines = [
+        f"{name}: {HEBREW_V1} changes {change['changed']:,} of {change['texts']:,} texts, "
+        f"and leaves nothing of {change['emptied']:,}"
+    ]
+    for row in change["examples"][:3]:
+        lines.append(f"  {_cut(row['before'], 80)!r} becomes {_cut(row['after'], 80)!r}")
+    return lines
+
+
 def _by_rate(audit: Audit) -> str:
     """What a verdict by rate alone is worth, and why there is no better one; "" for another."""
     if audit.verdict.by == "agreement":
@@ -188,8 +205,9 @@ def _sections(audit: Audit, result: dict[str, Any]) -> dict[str, str]:
         "Do the texts fit the sound?": lines,
         "Kept and removed": _hours_table(result),
         "Distributions": side_by_side(charts),
+        f"What {HEBREW_V1} changes": _change_table(audit.clip_set.name, result[HEBREW_V1]),
         "Worst rows": _worst_table(audit),
-        "All figures": facts_table({k: v for k, v in result.items() if k != "histograms"}),
+        "All figures": facts_table({k: v for k, v in result.items() if k not in _NO_FACTS}),
     }
 
 
@@ -199,6 +217,12 @@ def _hours_table(result: dict[str, Any]) -> str:
         ["clips that are", "number", "hours"],
         [[escaped(name), f"{row['clips']:,}", f"{row['hours']:,.2f}"] for name, row in rows],
     )
+
+
+def _change_table(name: str, change: dict[str, Any]) -> str:
+    rows = [[escaped(r["id"]), _shown(r["before"]), _shown(r["after"])] for r in change["examples"]]
+    line = f"<p>{html.escape(told_change(name, change)[0])}</p>"
+    return line + (table_of(["id", "as it came", "for training"], rows) if rows else "")
 
 
 def _worst_table(audit: Audit) -> str:
@@ -233,5 +257,9 @@ def _worst(audit: Audit) -> list[int]:
 
 
 def _shown(text: str) -> str:
-    cut = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
-    return f'<div dir="{direction_of(text)}" lang="he">{escaped(cut)}</div>'
+    cut = escaped(_cut(text, _LONGEST_SHOWN))
+    return f'<div dir="{direction_of(text)}" lang="he">{cut}</div>'
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[:longest] + "…"

@@ -6,6 +6,8 @@ and punctuation stay as the source has them.
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 from hebasr_jax.output_style import to_reference_style
 
@@ -80,6 +82,28 @@ def normalize_hebrew(text: str) -> str:
     text = unicodedata.normalize("NFC", to_reference_style(text))
     text = _without_labels(_without_remarks(text))
     return _LOOSE_MARK.sub("", " ".join(text.split()))
+
+
+def effect(texts: Mapping[str, str], most: int = 12) -> dict[str, Any]:
+    """What `hebrew-v1` does to a set's texts by id: how many change, and examples.
+
+    Examples are half those of which the largest part goes, half spread over the others.
+    """
+    changes = {
+        name: (text, new) for name, text in texts.items() if (new := normalize_hebrew(text)) != text
+    }
+    lost = sorted(changes, key=lambda name: (len(changes[name][1]) / len(changes[name][0]), name))
+    others = lost[most // 2 :]
+    spread = others[:: max(1, len(others) // (most - most // 2))]
+    shown = [*lost[: most // 2], *spread][:most]
+    return {
+        "texts": len(texts),
+        "changed": len(changes),
+        "emptied": sum(not new for _, new in changes.values()),
+        "examples": [
+            {"id": name, "before": changes[name][0], "after": changes[name][1]} for name in shown
+        ],
+    }
 
 
 def _without_remarks(text: str) -> str:
