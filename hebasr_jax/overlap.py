@@ -190,12 +190,14 @@ def trained_on(train: Sequence[ClipSet], held: Sequence[ClipSet]) -> list[str]:
 
 
 def _clip_key(clip: Clip) -> tuple[str, ...]:
-    return clip.id, f"{clip.duration_s:.3f}", clip.text if _NO_NAME.fullmatch(clip.id) else ""
+    # Normalised, since hebrew-v1 may be one set's only.
+    text = normalize_ivrit(clip.text) if _NO_NAME.fullmatch(clip.id) else ""
+    return clip.id, f"{clip.duration_s:.3f}", text
 
 
 def _recording_key(clip: Clip) -> tuple[str, str] | None:
-    """Source and recording; stitched clips have the source or speaker for a recording."""
-    name = clip.recording or clip.source or clip.speaker
+    """Source and recording; stitched clips have the speaker or source for a recording."""
+    name = clip.recording or clip.speaker or clip.source
     nothing = not clip.source and _NO_NAME.fullmatch(name)
     return None if nothing else (clip.source, name)
 

@@ -43,7 +43,7 @@ class Panel:
     """of what is held out"""
 
     def run(self) -> int:
-        from hebasr_jax.data.panel import MEMBERS, build, request_of, rows_of, schemas_of
+        from hebasr_jax.data.panel import MEMBERS, build, is_barred, request_of, rows_of, schemas_of
         from hebasr_jax.data.prepare_command import progress
         from hebasr_jax.data.splits import overlapping
 
@@ -62,6 +62,12 @@ class Panel:
             )
         rows = rows_of(self.out, request_of(parts, barred))
         if rows is None:
+            if not barred and is_barred(self.out):
+                raise UserError(
+                    f"{self.out}: the panel there was made with --overlap, which is not given",
+                    "clips that overlap the test sets would be trained on again",
+                    "Give --overlap as then, another --out, or remove the panel first.",
+                )
             if lost := schemas_of(self.out) - set(parts):
                 raise UserError(
                     f"{self.out}: the panel there has {', '.join(sorted(lost))}, this one has not",

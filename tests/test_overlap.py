@@ -265,11 +265,14 @@ def test_dev_clips_and_recordings_that_are_trained_on_are_told_by_name() -> None
     other = named("same names", Clip("7", "ד", 1.0, recording="2"), Clip("a", "א", 1.001))
     same = named("same", Clip("a", "א.", 1.0), Clip("7", "ב", 1.0))
     stitched = named("long", Clip("talk/0", "ג", 9.0, recording="talk", source="talk"))
+    pointed = named("pointed", Clip("7", "בּ", 1.0))
+    speaker = named("speaker", Clip("x/0", "ג", 9.0, recording="x", source="talk"))
     apart = named("apart", Clip("e", "א", 1.0, recording="1", source="quiz", speaker="talk"))
-    lines = trained_on([train], [other, same, stitched, apart])
+    lines = trained_on([train], [other, same, stitched, apart, pointed, speaker])
     assert [line.split(";")[0] for line in lines] == [
         "same: of its 2 clips some are trained on: 2 in train",
         "long: of its 1 recordings some are trained on: 1 in train",
+        "pointed: of its 1 clips some are trained on: 1 in train",
     ]
 
 

@@ -98,6 +98,8 @@ def test_other_clips_that_overlap_a_test_set_make_another_panel(words, tmp_path,
     assert barred in ids[1] - ids[0]
     assert main([*words, "--overlap", str(overlap)]) == 0
     assert "is left as it is" in capsys.readouterr().err
+    assert main(words) == 1
+    assert "was made with --overlap" in capsys.readouterr().err
 
 
 def test_a_panel_is_not_replaced_by_one_of_fewer_sets(words, tmp_path, capsys) -> None:

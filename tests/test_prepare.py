@@ -326,9 +326,12 @@ def test_a_part_is_made_by_one_job_at_a_time(source, tmp_path) -> None:
         ) as told:
             prepare(source, tmp_path / "out", shard="1/2")
         assert len(str(told.value).splitlines()) <= 3
+        for other in ("1/1", "2/3"):
+            with pytest.raises(UserError, match="crowd is in use"):
+                prepare(source, tmp_path / "out", shard=other)
         prepare(source, tmp_path / "out", shard="2/2")
     (tmp_path / "out" / "crowd" / ".part-1-of-2.lock").write_text("process 1 on another\n")  # dead
-    folder = prepare(source, tmp_path / "out", shard="1/2")
+    folder = prepare(source, tmp_path / "out")
     assert not [*folder.glob(".*")]
     with alone(tmp_path / "new" / "crowd", 1, 1):
         pass

@@ -15,6 +15,7 @@ from stand_in_hub import child, served, start
 
 from hebasr_jax.config_file import load_config
 from hebasr_jax.data.hub_files import HUB_FOLDER
+from hebasr_jax.data.hub_sets import is_finished
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.shards import ORIGIN_FILE
 from hebasr_jax.data.sources import open_source
@@ -253,3 +254,15 @@ def test_a_stale_origin_of_another_set_does_not_choose_the_commit(tmp_path) -> N
         done = child(tmp_path / "home", hub, *words)
     assert done.returncode == 0, done.stderr
     assert json.loads((shards / ORIGIN_FILE).read_bytes())["revision"] == sha
+
+
+def test_a_set_with_too_many_bad_clips_is_not_finished(tmp_path) -> None:
+    rows = [a_slice(6.0 * n, FIRST) for n in range(3)]
+    rows[1]["audio"] = {"bytes": b"this is no sound", "path": "x"}
+    source = write(tmp_path / "copy", "knesset-plenums", rows, seconds=6.0)
+    flags = {"source": source.path, "name": "k", "schema": source.schema, "processes": 1}
+    assert Prepare(tmp_path, **flags, max_bad_share=0.5).run() == 0
+    asked = {"schema": source.schema}
+    assert is_finished(tmp_path / "k", asked, 0.5)
+    assert not is_finished(tmp_path / "k", asked, 0.01)
+    assert not is_finished(tmp_path / "k", {"hub": "another"}, 0.5)

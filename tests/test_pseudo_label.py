@@ -86,7 +86,7 @@ def made(tmp_path, whisper) -> dict:
 
 
 def label(out: Path, made: dict, **changes) -> Path:
-    settings = {"name": "audio", "out": out, "processes": 1, "max_cer": 0.2} | made | changes
+    settings = {"name": "audio", "out": out, "max_cer": 0.2} | made | changes
     assert Prepare(**settings).run() == 0
     return out / "audio"
 
@@ -291,7 +291,7 @@ def test_shards_of_something_else_keep_what_is_told_of_them(made, tmp_path) -> N
         label(tmp_path / "out", made, format="pcm")
     assert content(folder) == before
     plain = tmp_path / "plain"  # shards without labels are refused before anything listens
-    given = {"source": str(folder), "name": "audio", "processes": 1}
+    given = {"source": str(folder), "name": "audio"}
     assert Prepare(plain, **given).run() == 0
     assert json.loads((plain / "audio" / "origin.json").read_bytes())["pseudo_labels"]
     (plain / "audio" / "origin.json").unlink()

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 from hub_rows import FIRST, a_slice, write
 
+from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.sources import describe, open_source
 from hebasr_jax.errors import UserError
+from hebasr_jax.run_config import Source
 from hebasr_jax.timestamps import Segment
 
 
@@ -58,3 +60,21 @@ def test_the_normaliser_keeps_words_of_segments_those_of_the_text(tmp_path) -> N
     assert words in ([], spanned.text.split())
     assert clip_set.removed == (("s1@12.00", "has no text left after hebrew-v1"),)
     assert open_source(source).clips[0].text.startswith("שָׁלוֹם")
+
+
+def test_a_list_is_of_its_set_whether_shards_were_made_with_it_or_not(tmp_path) -> None:
+    """One bad row does not let a list of another set pass."""
+    rows = [a_slice(6.0 * n, FIRST) for n in range(4)]
+    source = write(tmp_path / "set", "knesset-plenums", [*rows, rows[0]], seconds=6.0)
+    ours, foreign = tmp_path / "ours.jsonl", tmp_path / "foreign.jsonl"
+    ours.write_text('{"id": "s1@0.00", "reason": "noise"}\n{"id": "s1@6.00", "reason": "noise"}\n')
+    foreign.write_text('{"id": "a", "reason": ""}\n{"id": "b", "reason": ""}\n')
+    flags = {"source": source.path, "name": "k", "schema": source.schema, "max_bad_share": 0.5}
+    assert Prepare(tmp_path / "out", **flags, without=(str(ours),)).run() == 0
+    made = Source("k", str(tmp_path / "out" / "k"))
+    for path in (source, made):
+        assert len(open_source(replace(path, without=(str(ours),))).clips) == 2
+        with pytest.raises(UserError, match="2 of its 2 ids are not in the set"):
+            open_source(replace(path, without=(str(foreign),)))
+    with pytest.raises(UserError, match="2 of its 2 ids"):
+        open_source(replace(made, only=str(ours)))

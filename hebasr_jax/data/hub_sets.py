@@ -9,7 +9,7 @@ from typing import Any
 from hebasr_jax.data.adapters import filled, find_adapter
 from hebasr_jax.data.clips import ClipSet
 from hebasr_jax.data.hub_files import HeldFiles, held_files
-from hebasr_jax.data.shards import REMOVED_FILE, SET_FILE, is_whole, read_origin
+from hebasr_jax.data.shards import REMOVED_FILE, SET_FILE, is_whole, read_origin, seals
 from hebasr_jax.data.sources import is_there, open_source
 from hebasr_jax.errors import UserError
 from hebasr_jax.hub import list_dataset
@@ -64,13 +64,13 @@ def request_of(source: Source, **settings: Any) -> dict[str, Any]:
     } | settings
 
 
-def is_finished(folder: Path, request: Mapping[str, Any]) -> bool:
-    """Whether all that is asked for is there and whole, so that the hub need not be asked."""
-    return (
-        _is_of(read_origin(folder), request)
-        and (folder / REMOVED_FILE).is_file()
-        and is_whole(folder)
-    )
+def is_finished(folder: Path, request: Mapping[str, Any], max_bad_share: float) -> bool:
+    """Whether all that is asked for is there, whole, and good enough: the hub need not be asked."""
+    origin = read_origin(folder)
+    if not (_is_of(origin, request) and (folder / REMOVED_FILE).is_file() and is_whole(folder)):
+        return False
+    bad = origin["bad"] + sum(len(seal["bad"]) for seal in seals(folder))
+    return bool(bad <= max_bad_share * (origin["clips"] + origin["bad"]))
 
 
 def _is_of(origin: Mapping[str, Any], request: Mapping[str, Any]) -> bool:

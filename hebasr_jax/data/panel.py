@@ -207,6 +207,15 @@ def schemas_of(folder: Path) -> set[str]:
         return set()
 
 
+def is_barred(folder: Path) -> bool:
+    """Whether a panel there keeps clips from training that overlap a test set."""
+    try:
+        told = json.loads((folder / PANEL_FILE).read_bytes())["request"]["barred"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(told != _digest([]))
+
+
 def rows_of(folder: Path, request: Mapping[str, Any] | None = None) -> list[dict[str, Any]] | None:
     """The table of a panel that is whole, and made as requested if that is given; else None."""
     try:

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     Opened = tuple[ClipSet, HeldFiles | None, dict[str, Any]]  # the last is its origin
 
 _TELL_EVERY_S = 10.0
-_ALWAYS = {"out", "format", "shard_mb", "processes", "max_bad_share"}
+_ALWAYS = {"out", "format", "shard_mb", "max_bad_share"}
 _OF_SOURCE = {
     "source", "name", "split", "columns", "schema", "normalizer", "without", "accept_licence",
 }  # fmt: skip
 _READ: dict[str, set[str]] = {  # flags that each mode reads besides
-    "--config": {"config", "accept_licence", "shard", "ray"},
-    "--source": {*_OF_SOURCE, "shard", "ray"},
+    "--config": {"config", "accept_licence", "shard", "ray", "processes"},
+    "--source": {*_OF_SOURCE, "shard", "ray", "processes"},
     "--pseudo-label": {*_OF_SOURCE, "pseudo_label", "second", "max_cer", "piece_s"},
     "--synthesize": {
         "synthesize", "name", "columns", "normalizer", "voice_command", "voices", "spoken", "seed",
-        "voice_limit_s", "licence",
+        "voice_limit_s", "licence", "processes",
     },
 }  # fmt: skip
 
@@ -252,7 +252,7 @@ class Prepare:
         from hebasr_jax.data.hub_sets import is_finished
 
         refuse_licence(source)
-        return is_finished(folder, self._hub_request(source))
+        return is_finished(folder, self._hub_request(source), self.max_bad_share)
 
     def _hub_request(self, source: Source) -> dict[str, Any]:
         from hebasr_jax.data.hub_sets import request_of

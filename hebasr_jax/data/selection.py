@@ -50,18 +50,22 @@ class Selection:
         if self.min_quality is not None and (fault := quality_fault(clip, self.min_quality)):
             raise Removed(clip.id, fault)
 
-    def absent(self, bad: int) -> list[str]:
+    def absent(self, bad: int, gone: frozenset[str] = frozenset()) -> list[str]:
         """A line for each list with ids that no clip has, once all clips of a set were checked.
 
         Raises UserError where a tenth of the ids of `only` are absent, or all of one of `without`,
         which may be of several sets; besides so many as there are bad rows, whose ids may not be
         known: then it is a list of another set, or of rows that have gone since.
+
+        Args:
+          gone: ids that shards lack because they were made without them.
         """
         told = []
         for name, ids in self.lists.items():
-            lacking = ids - self.met
-            most = _MOST_ABSENT * len(ids) if ids == self.only else len(ids) - 1
-            if ids and len(lacking) - bad > most:
+            keeps = ids is self.only
+            lacking = ids - self.met - (frozenset() if keeps else gone)
+            foreign = len(lacking) - bad > _MOST_ABSENT * len(ids) if keeps else lacking == ids
+            if foreign and len(ids) > bad:
                 raise UserError(
                     f"{name}: {len(lacking):,} of its {len(ids):,} ids are not in the set",
                     f"such as {min(lacking)!r}",

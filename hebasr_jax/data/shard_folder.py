@@ -13,6 +13,8 @@ from hebasr_jax.data.shards import ORIGIN_FILE, REMOVED_FILE, SET_FILE, write_sy
 from hebasr_jax.data.synthesize import SPEECH_FOLDER
 from hebasr_jax.run_folder import take_lock
 
+_HOLDER, _DO = "hebasr prepare", "wait for it or stop it, or give another --out"
+
 
 @contextlib.contextmanager
 def alone(folder: Path, part: int, parts: int) -> Iterator[None]:
@@ -24,7 +26,13 @@ def alone(folder: Path, part: int, parts: int) -> Iterator[None]:
     lock = folder / f".part-{part}-of-{parts}.lock"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = take_lock(lock, "hebasr prepare", "wait for it or stop it, or give another --out")
+        handle = take_lock(lock, _HOLDER, _DO)
+        try:
+            _refuse_other_parts(folder, parts)
+        except BaseException:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+            raise
     try:
         yield
     finally:
@@ -33,6 +41,15 @@ def alone(folder: Path, part: int, parts: int) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+def _refuse_other_parts(folder: Path, parts: int) -> None:
+    """Raises UserError where a job is at work that cuts the folder into another number of parts."""
+    for lock in folder.glob(".part-*-of-*.lock"):
+        if not lock.stem.endswith(f"-of-{parts}"):
+            handle = take_lock(lock, _HOLDER, _DO)
+            lock.unlink(missing_ok=True)  # of a job that was killed
+            os.close(handle)
 
 
 def clear(folder: Path) -> None:

@@ -122,7 +122,25 @@ def is_whole(folder: Path) -> bool:
     if not (folder / SET_FILE).is_file():
         return False
     shards = read_set(folder).shards
-    return all(is_sealed(folder, stem(shard, shards), thorough=True) for shard in range(shards))
+    names = [stem(shard, shards) for shard in range(shards)]
+    return all(  # sizes first: what is not there is seen before anything is hashed
+        is_sealed(folder, name, thorough=thorough) for thorough in (False, True) for name in names
+    )
+
+
+def seals(folder: Path) -> list[dict[str, Any]]:
+    """What each shard of a whole set was sealed with."""
+    shards = read_set(folder).shards
+    return [json.loads((folder / f"{stem(n, shards)}.json").read_bytes()) for n in range(shards)]
+
+
+def left_out(folder: Path) -> frozenset[str]:
+    """Ids of the clips that a prepared set was made without, on purpose or as bad."""
+    if not (folder / SET_FILE).is_file():
+        return frozenset()
+    files = [folder / REMOVED_FILE, *folder.glob("quarantine*.jsonl")]
+    lines = [line for file in files if file.is_file() for line in file.read_bytes().splitlines()]
+    return frozenset(str(json.loads(line).get("id")) for line in lines if line.strip())
 
 
 def shard_rows(folder: Path) -> Iterator[tuple[str, bytes]]:

@@ -24,7 +24,7 @@ from hebasr_jax.data.parquet import AudioColumn, column_names, no_column, parque
 from hebasr_jax.data.quality import top_reasons
 from hebasr_jax.data.rows import Place, check_segments, has_field, parse_line, parse_row
 from hebasr_jax.data.selection import Selection
-from hebasr_jax.data.shards import SET_FILE, read_origin, shard_rows
+from hebasr_jax.data.shards import SET_FILE, left_out, read_origin, shard_rows
 from hebasr_jax.data.sounds import Sounds
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_config import Columns, Source
@@ -113,7 +113,7 @@ def open_source(
     table = _table(source, files)
     selection = Selection.of(source)
     rows, bad, removed = _parse(source, table, selection, null_is_empty)
-    lists = selection.absent(len(bad))
+    lists = selection.absent(len(bad), left_out(Path(source.path).expanduser()))
     parquet = AudioColumn(table.audio_column)
     sizes = dict(_in_threads(lambda file: (file, _size(file)), {row.place.file for row in rows}))
     kept: dict[str, tuple[_Found, Clip]] = {}
@@ -273,6 +273,7 @@ def _parse(source: Source, table: _Table, selection: Selection, null_is_empty: b
             names = names or list(row)
             if source.split is not None and row.get("split") != source.split:
                 others.add(str(row.get("split")))
+                selection.met.add(str(row.get(table.columns.id)))
                 continue
             clip, place = parse_row(row, table.columns, table.folder, null_is_empty=null_is_empty)
             selection.check(clip)

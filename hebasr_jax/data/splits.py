@@ -216,11 +216,11 @@ def write_long(
         first = clip_set.clips[piece[0]]
         rows.append(
             {
-                "id": f"{first.recording or first.source or first.speaker}/{len(rows)}",
+                "id": f"{first.recording or first.speaker or first.source}/{len(rows)}",
                 "audio": name,
                 "text": " ".join(filter(None, texts)),
                 "duration_s": len(wave) / SAMPLE_RATE,
-                "recording": first.recording or first.source or first.speaker,
+                "recording": first.recording or first.speaker or first.source,
                 "source": first.source,
             }
         )
