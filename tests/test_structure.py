@@ -43,7 +43,7 @@ LEVELS = [
     {"data.targets", "data.normalize", "data.whisper"},
     {"data.audit_card"},
     {"data.sounds", "data.shard_work", "data.hub_files"},
-    {"data.adapters", "data.workers"},
+    {"data.adapters", "data.workers", "data.slices"},
     {"data.adapt", "data.selection"},
     {
         "loss",

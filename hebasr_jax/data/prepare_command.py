@@ -29,7 +29,7 @@ _OF_SOURCE = {
 }  # fmt: skip
 _READ: dict[str, set[str]] = {  # flags that each mode reads besides
     "--config": {"config", "accept_licence", "shard", "ray", "processes"},
-    "--source": {*_OF_SOURCE, "shard", "ray", "processes"},
+    "--source": {*_OF_SOURCE, "shard", "ray", "processes", "slice_s"},
     "--pseudo-label": {*_OF_SOURCE, "pseudo_label", "second", "max_cer", "piece_s"},
     "--synthesize": {
         "synthesize", "name", "columns", "normalizer", "voice_command", "voices", "spoken", "seed",
@@ -72,6 +72,9 @@ class Prepare:
     """JSONL files with `id` and `reason` in each line: clips of --source to leave out"""
     accept_licence: bool = False
     """use sets, of --schema or a config, whose licence is non-commercial or not stated"""
+    slice_s: float | None = None
+    """cut longer clips of --source at their segments into slices of up to so many seconds, 120 at
+    most; the slice before gives the context"""
     format: Literal["pcm", "flac"] = "flac"
     """flac is about two thirds as large, pcm is decoded 17 times as fast"""
     shard_mb: float = 512.0
@@ -321,6 +324,10 @@ class Prepare:
             yield self._labelled(source, folder), None, read_origin(folder)
         elif self.out is not None:
             clip_set = open_source(source)
+            if self.slice_s is not None:
+                from hebasr_jax.data.slices import sliced
+
+                clip_set = sliced(clip_set, self.slice_s)
             yield clip_set, None, origin_here(source, clip_set)
         else:
             request = self._hub_request(source)
