@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from stand_in_hub import FILES, MODEL, child, served
+from stand_in_whisper import installed
 
 from hebasr_jax.control import load_control
 from hebasr_jax.errors import UserError
@@ -44,19 +45,7 @@ print(sorted(path.name for path in find_model(sys.argv[1], files=_FILES).path.it
 @pytest.fixture
 def whisper(tmp_path, monkeypatch):
     """A stand-in for the package; importing it gives its module."""
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    (packages / "faster_whisper.py").write_text(STAND_IN)
-    for name in ("faster_whisper", "ctranslate2"):
-        (packages / f"{name}-9.9.dist-info").mkdir()
-        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n"
-        (packages / f"{name}-9.9.dist-info" / "METADATA").write_text(about)
-    monkeypatch.syspath_prepend(packages)
-    monkeypatch.delitem(sys.modules, "faster_whisper", raising=False)
-    import faster_whisper
-
-    yield faster_whisper
-    sys.modules.pop("faster_whisper", None)
+    yield from installed(tmp_path / "packages", STAND_IN, monkeypatch)
 
 
 @pytest.fixture

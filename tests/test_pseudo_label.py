@@ -6,7 +6,6 @@ faster-whisper is an extra; a module of its interface stands in, whose text the 
 import io
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from hub_rows import write
+from stand_in_whisper import installed
 
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.sources import open_source
@@ -41,19 +41,7 @@ SECOND = ("שלום לכולם", "מה שלומך אתמול", "", "loop", "אי
 
 @pytest.fixture
 def whisper(tmp_path, monkeypatch):
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    (packages / "faster_whisper.py").write_text(STAND_IN)
-    for name in ("faster_whisper", "ctranslate2"):
-        (packages / f"{name}-9.9.dist-info").mkdir()
-        about = f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n"
-        (packages / f"{name}-9.9.dist-info" / "METADATA").write_text(about)
-    monkeypatch.syspath_prepend(packages)
-    monkeypatch.delitem(sys.modules, "faster_whisper", raising=False)
-    import faster_whisper
-
-    yield faster_whisper
-    sys.modules.pop("faster_whisper", None)
+    yield from installed(tmp_path / "packages", STAND_IN, monkeypatch)
 
 
 def model(folder: Path, texts: tuple[str, ...]) -> str:
