@@ -6,7 +6,8 @@ read. Positions are rotated before they are stored.
 
     empty_slots -> fill (features, prefill, first token) -> decode -> fill the rows that ended ...
 
-`generate` is the same without refilling. Every function here runs inside jit, on one device.
+`generate` is the same without refilling. Every function here runs inside jit, on one device of
+several (`decode` asks the others how many of their rows still run).
 """
 
 import math
@@ -157,13 +158,29 @@ def fill(
 
 
 def decode(
-    asr: Asr, slots: Slots, leave: Int[Array, ""], *, end_ids: tuple[int, ...], sample: bool
+    asr: Asr,
+    slots: Slots,
+    leave: Int[Array, ""],
+    *,
+    end_ids: tuple[int, ...],
+    sample: bool,
+    together: tuple[str, ...] = (),
 ) -> Slots:
-    """Decodes until no more than `leave` rows run; those that stand still are left alone."""
+    """Decodes until no more than `leave` rows run; those that stand still are left alone.
+
+    Args:
+      together: mesh axes, inside `shard_map`; no device stops before the last one along them may,
+        since it would wait for it anyway.
+    """
     layers = asr.decoder.unstacked()
     budget = slots.tokens_RG.shape[1]
 
-    def body(slots: Slots) -> Slots:
+    def running(slots: Slots) -> Array:
+        rows = jnp.sum(slots.running_R)
+        return jax.lax.pmax(rows, together) if together else rows
+
+    def body(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
+        slots, _ = carry
         position_R = jnp.maximum(slots.prompt_R + slots.length_R - 1, 0)
         written_R = jnp.where(slots.running_R, position_R + 1, 1)
         hidden_R1D, caches = _decode_one(
@@ -174,7 +191,7 @@ def decode(
         kept_R = slots.running_R & ~ends_R
         newest_RG = (jnp.arange(budget) == slots.length_R[:, None]) & kept_R[:, None]
         length_R = slots.length_R + kept_R
-        return replace(
+        slots = replace(
             slots,
             token_R=jnp.where(kept_R, token_R, slots.token_R),
             length_R=length_R,
@@ -184,9 +201,10 @@ def decode(
             logprobs_RG=jnp.where(newest_RG, logprob_R[:, None], slots.logprobs_RG),
             caches=caches,
         )
+        return slots, running(slots)
 
     with jax.named_scope("decode"):
-        return jax.lax.while_loop(lambda slots: jnp.sum(slots.running_R) > leave, body, slots)
+        return jax.lax.while_loop(lambda carry: carry[1] > leave, body, (slots, running(slots)))[0]
 
 
 def is_end(tokens: Int[Array, "..."], end_ids: tuple[int, ...]) -> Bool[Array, "..."]:

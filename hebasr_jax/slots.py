@@ -1,8 +1,8 @@
 """Many utterances through few slots: sorted by length, decoded together, refilled as rows end.
 
 Three programs for each class of lengths: `_new`, `_fill` (one for each bucket of audio) and
-`_decode`. Each device of the mesh has slots of its own and loops at its own pace: nothing is
-exchanged between them, so that decoding needs no collective and no equal lengths.
+`_decode_slots`. Each device of the mesh has slots of its own; all take the same number of steps
+between two fills, until the last one has room: one that stopped earlier would only wait.
 """
 
 import math
@@ -25,19 +25,17 @@ from hebasr_jax.features import log_mel
 from hebasr_jax.generate import Choice, Slots, decode, empty_slots, fill
 from hebasr_jax.model.asr import Inputs, Params, bind
 from hebasr_jax.model.layers import Compute
-from hebasr_jax.sharding import ROWS, rows
+from hebasr_jax.sharding import COPIES, CUT, ROWS, rows
 from hebasr_jax.text import Prompt
 
 _SHORTEST_S = 4  # shorter clips share the slots of this class
 _REFILLS = 8  # a fill takes an eighth of the slots
 _PIECE_S = 32  # most clips, and pieces of long ones, are shorter: little padding there
 _FILL_S = 2048  # padded audio in a fill: the conv stem takes 6 MB for each second of it
-# Of few rows, cuBLAS reads weights quicker than the kernels that XLA's own trials prefer: they
-# find the weights in a cache that a decoding step has long overwritten.
+# Of few rows, cuBLAS reads weights quicker than the kernels that XLA's trials prefer.
 _DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _FREE = -1  # no utterance has the row
-_COLUMNS = 32  # text columns and budgets come in multiples of it, and columns of prompts ...
-_FEW_COLUMNS = 24  # ... or this: without context they have 18 tokens
+_COLUMNS, _FEW_COLUMNS = 32, 24  # text columns and budgets: multiples of 32, or 24 (prompts: 18)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +204,7 @@ def _decode_class(
     owner_DR = np.full((devices, shape.rows), _FREE)
     found: dict[int, Decoded] = {}
     slots = _new(program, shape)
+    decode_slots = _decoder(program.mesh.devices.flat[0].platform)
     ready = _entries(utterances, waiting[0], shape, program)
     while True:
         while waiting and (owner_DR == _FREE).sum(1).min() >= shape.fill_rows:
@@ -214,7 +213,7 @@ def _decode_class(
             if waiting:  # made ready while the devices work
                 ready = _entries(utterances, waiting[0], shape, program)
         leave = np.int32(shape.rows - shape.fill_rows if waiting else 0)
-        slots = _decode(params, slots, leave, program)
+        slots = decode_slots(params, slots, leave, program)
         _harvest(slots, owner_DR, found)
         if len(found) == len(utterances):
             return [found[i] for i in range(len(utterances))]
@@ -335,10 +334,6 @@ def _fill(params: Params, slots: Slots, entries: _Entries, row_M: Any, program: 
     return _on_each_device(on_one, program, whole=1, cut=3)(params, slots, entries, row_M)
 
 
-def _decode(params: Params, slots: Slots, leave: Any, program: _Program) -> Slots:
-    return _decoder(program.mesh.devices.flat[0].platform)(params, slots, leave, program)
-
-
 @cache
 def _decoder(platform: str) -> Any:
     """`_decode_slots` compiled for a kind of device."""
@@ -352,8 +347,14 @@ def _decoder(platform: str) -> Any:
 
 def _decode_slots(params: Params, slots: Slots, leave: Any, program: _Program) -> Slots:
     def on_one(params: Params, leave: Any, slots: Slots) -> Slots:
-        asr = bind(params, program.config, program.compute)
-        return decode(asr, slots, leave, end_ids=program.end_ids, sample=program.sample)
+        return decode(
+            bind(params, program.config, program.compute),
+            slots,
+            leave,
+            end_ids=program.end_ids,
+            sample=program.sample,
+            together=(COPIES, CUT) if program.mesh.size > 1 else (),
+        )
 
     return _on_each_device(on_one, program, whole=2, cut=1)(params, leave, slots)
 

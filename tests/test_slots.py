@@ -94,13 +94,13 @@ def test_any_batch_and_order_equals_each_alone(recognizer, utterances, alone, en
 def test_rows_are_refilled_while_others_run(recognizer, utterances, alone, monkeypatch) -> None:
     """Four slots for seven utterances of a class, one filled at a time."""
     runs = []
-    real = slots._decode
+    real = slots._decoder("cpu")
 
     def counted(params, state, leave, program):
         runs.append((int(leave), int(np.sum(state.running_R))))
         return real(params, state, leave, program)
 
-    monkeypatch.setattr(slots, "_decode", counted)
+    monkeypatch.setattr(slots, "_decoder", lambda platform: counted)
     some = [
         replace(u, budget=b) for u, b in zip(utterances[:7], (9, 2, 12, 4, 7, 3, 8), strict=True)
     ]
