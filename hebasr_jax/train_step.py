@@ -29,6 +29,10 @@ from hebasr_jax.paths import flat, is_stacked, nested
 from hebasr_jax.run_config import Augment
 from hebasr_jax.sharding import ROWS, replicated, rows, shardings
 
+# Runs repeat bit for bit, at no cost in speed; and XLA, looking for the quickest convolution, does
+# not try cuDNN's algorithm with atomic sums, which took 6 s for each run (docs/performance.md).
+_OPTIONS = {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
+
 
 @struct.dataclass
 class TrainState:
@@ -238,4 +242,5 @@ def lower_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> An
 
 def compile_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
     """The step compiled ahead of time for one bucket; call it with (state, batch, noise_NS)."""
-    return lower_step(step, state, batch, noise_NS).compile()
+    options = _OPTIONS.get(step.mesh.devices.flat[0].platform)
+    return lower_step(step, state, batch, noise_NS).compile(options)

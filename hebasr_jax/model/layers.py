@@ -68,8 +68,7 @@ def products(x: Array, linears: Sequence[nnx.Linear], joined: Array | None) -> l
 def convolve(conv: nnx.Conv, x_BTMC: Array) -> Array:
     """A 3 x 3 convolution of stride 2 and padding 1, its bias's gradient summed up in float32.
 
-    Of one channel it is a product with the nine taps of each place: as a convolution its gradient
-    takes longer, and XLA tries an algorithm of cuDNN on it that needs six seconds for each run.
+    Of one channel it is a product with the nine taps of each place: cuDNN takes longer for that.
     """
     assert conv.bias is not None
     kernel = conv.kernel[...].astype(conv.dtype)
