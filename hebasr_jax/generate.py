@@ -26,6 +26,9 @@ from hebasr_jax.model.asr import Asr, Inputs
 from hebasr_jax.model.attention import attend_written
 
 _PLACES = 64  # a cache's length is a multiple of it: what kernels read at a time
+# Steps between two questions to the other devices: asking costs 0.27 ms (four H100), and every
+# step too many leaves the rows that ended idle.
+_STEPS_TOGETHER = 4
 
 
 @struct.dataclass
@@ -180,7 +183,12 @@ def decode(
         return jax.lax.pmax(rows, together) if together else rows
 
     def body(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
-        slots, _ = carry
+        slots = jax.lax.fori_loop(
+            0, _STEPS_TOGETHER if together else 1, lambda _, slots: step(slots), carry[0]
+        )
+        return slots, running(slots)
+
+    def step(slots: Slots) -> Slots:
         position_R = jnp.maximum(slots.prompt_R + slots.length_R - 1, 0)
         written_R = jnp.where(slots.running_R, position_R + 1, 1)
         hidden_R1D, caches = _decode_one(
@@ -191,7 +199,7 @@ def decode(
         kept_R = slots.running_R & ~ends_R
         newest_RG = (jnp.arange(budget) == slots.length_R[:, None]) & kept_R[:, None]
         length_R = slots.length_R + kept_R
-        slots = replace(
+        return replace(
             slots,
             token_R=jnp.where(kept_R, token_R, slots.token_R),
             length_R=length_R,
@@ -201,7 +209,6 @@ def decode(
             logprobs_RG=jnp.where(newest_RG, logprob_R[:, None], slots.logprobs_RG),
             caches=caches,
         )
-        return slots, running(slots)
 
     with jax.named_scope("decode"):
         return jax.lax.while_loop(lambda carry: carry[1] > leave, body, (slots, running(slots)))[0]

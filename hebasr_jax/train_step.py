@@ -29,8 +29,8 @@ from hebasr_jax.paths import flat, is_stacked, nested
 from hebasr_jax.run_config import Augment
 from hebasr_jax.sharding import ROWS, replicated, rows, shardings
 
-# Runs repeat bit for bit, at no cost in speed; and XLA, looking for the quickest convolution, does
-# not try cuDNN's algorithm with atomic sums, which took 6 s for each run (docs/performance.md).
+# Runs repeat bit for bit, and XLA's trials leave out cuDNN's convolutions with atomic sums, one of
+# which took 6 s a time: a program is compiled in 12 s instead of 40 (docs/performance.md).
 _OPTIONS = {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
 
 
@@ -243,4 +243,6 @@ def lower_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> An
 def compile_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
     """The step compiled ahead of time for one bucket; call it with (state, batch, noise_NS)."""
     options = _OPTIONS.get(step.mesh.devices.flat[0].platform)
+    if step.compute.unroll:  # with the option such a program failed in its first step (jax 0.11.2)
+        options = None
     return lower_step(step, state, batch, noise_NS).compile(options)
