@@ -180,7 +180,7 @@ def memory_row(shape: Shape, memory: Memory, compiled: int | None = None) -> Row
     parts = {
         "state": memory.weights + memory.moments,
         "copy": memory.copy,
-        "gradients": memory.gradients,
+        "gradients": memory.sums + memory.gradients,
         "kept": memory.stem + memory.encoder + memory.decoder + memory.ends,
         "layer": memory.layer,
         "logits": memory.logits,

@@ -7,15 +7,19 @@ L = A + X:
 weights    4 (P + Q) / n, float32
 moments    8 P / n, AdamW's; Muon has half of it for the layers' matrices, which is not told
 copy       c (P + Q), gathered once a step, or / n when gathered by layer; none if c = 4, n = 1
-gradients  c P of one micro-batch (/ n when gathered by layer); if there are more than one, also
-           their float32 sum 4 P / n
-stem       c x 2 arrays of each convolution's output: before and after GELU
+sums       4 P / n, float32 sums of gradients, if there is more than one micro-batch
+gradients  c P of one micro-batch (/ n when gathered by layer)
+stem       c x 2 arrays of each convolution's output, before and after GELU, and nine taps at each
+           place of the first
 encoder    R A x trained-through layers x what remat keeps of a layer at one token
 decoder    R L x the same of the decoder
 ends       12 bytes of each decoder position, for the last norm; where the projector is trained
            through, 12 + 3 c of each audio token: its norm and its GELU
 layer      what one layer keeps without remat: the backward pass recomputes it whole
 logits     8 bytes x vocabulary x text positions at a time: logits and gradient, in float32
+
+Logits are gone when the first gradient of a layer comes, so that the larger of the two counts:
+logits, or at the end of the backward pass gradients and layer.
 
 Kept at one token (D width, F mlp, N and K heads x head size, W attended positions):
 full       c D, the layer's input
@@ -44,17 +48,20 @@ class Memory:
     weights: int
     moments: int
     copy: int
-    gradients: int
+    sums: int
     stem: int
     encoder: int
     decoder: int
     ends: int
+    gradients: int
     layer: int
     logits: int
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        """At the peak: where the loss is, or at the end of the backward pass."""
+        later = self.gradients + self.layer
+        return sum(asdict(self).values()) - min(self.logits, later)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,8 @@ def memory_estimate(
     """Bytes of a training step on each device, from shapes alone; the formula stands above.
 
     Nothing is kept below the lowest trained tensor. Stem to ends are within 4 % of what JAX keeps;
-    the whole is within 25 % of XLA's figure on CPU in float32 (`tests/test_dry_run.py`), and was
-    12 to 22 % above it on an H200 at 1.7B (docs/expect.md).
+    the whole is within 25 % of XLA's figure on CPU in float32, and from 0 to 10 % above it
+    on GPUs at 1.7B with remat "dots" (docs/expect.md, `tests/test_dry_run.py`).
 
     Args:
       accumulated: the batch is cut into more than one micro-batch.
@@ -103,8 +110,9 @@ def memory_estimate(
         weights=4 * whole // devices,
         moments=8 * trained // devices,
         copy=size * whole // spread if size < 4 or devices > 1 else 0,
-        gradients=size * trained // spread + accumulated * 4 * trained // devices,
-        stem=stem * _STEM_COPIES * size * shape.rows * shape.audio_s * _stem_values(model),
+        sums=accumulated * 4 * trained // devices,
+        gradients=size * trained // spread,
+        stem=stem * size * shape.rows * shape.audio_s * _stem_values(model),
         encoder=audio * encoder_layers * _kept_by_encoder(model, remat, size, scores),
         decoder=positions * decoder_layers * _kept_by_decoder(model, remat, size, attended),
         ends=12 * positions * model.decoder.width
@@ -129,11 +137,12 @@ def _layers_behind(model: ModelConfig, stage: Stage) -> tuple[bool, int, int]:
 
 
 def _stem_values(model: ModelConfig) -> int:
-    """Outputs of the three convolutions for one second: 50, 25 and 13 frames of bins / 2, 4, 8."""
-    bins, values = model.encoder.mel_bins, 0
+    """Kept of one second: three convolutions have 50, 25 and 13 frames of bins / 2, 4, 8."""
+    bins = model.encoder.mel_bins
+    values = 9 * 50 * -(-bins // 2)
     for frames in (50, 25, 13):
         bins = -(-bins // 2)
-        values += frames * bins * model.encoder.conv_channels
+        values += _STEM_COPIES * frames * bins * model.encoder.conv_channels
     return values
 
 

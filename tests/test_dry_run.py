@@ -192,6 +192,27 @@ def test_memory_is_the_compilers() -> None:
     assert 1 / 1.25 < ratio < 1.25
 
 
+# What XLA said of steps at 1.7B on GPUs (docs/expect.md): clips, text tokens, devices, stage, GiB.
+ROUND2 = load_config(Path(__file__).parents[1] / "configs" / "round2.py").config.stages
+MEASURED = [
+    (32, 170, 1, Stage(), 65.5),
+    (32, 170, 2, Stage(), 56.5),
+    (32, 170, 4, Stage(), 49.0),
+    (8, 170, 1, Stage(), 38.3),
+    (8, 170, 4, Stage(), 22.8),
+    (32, 192, 1, ROUND2[0], 43.2),
+    (32, 192, 1, ROUND2[1], 45.7),
+]
+
+
+@pytest.mark.parametrize(("clips", "text", "devices", "stage", "gib"), MEASURED)
+def test_memory_is_what_gpus_needed(clips, text, devices, stage, gib) -> None:
+    rates = optim.rate_table(abstract_params(LARGE), stage)
+    config, shape = run("dots", dtype="bfloat16"), Shape(clips, 30, text)
+    told = memory_estimate(LARGE, config, stage, rates, shape, devices=devices, kernel="cudnn")
+    assert 0.98 < told.total / 2**30 / gib < 1.12
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_memory_is_the_gpu_compilers_at_full_size(remat) -> None:
@@ -199,7 +220,7 @@ def test_memory_is_the_gpu_compilers_at_full_size(remat) -> None:
     estimate = estimated(LARGE, config, shape, "cudnn")
     compiled = compiled_step(LARGE, config, shape, "cudnn")
     print(f"estimate / compiler {estimate.total / compiled:.3f} of {compiled / 2**30:.1f} GiB")
-    assert 1 / 1.4 < estimate.total / compiled < 1.4
+    assert 1 / 1.2 < estimate.total / compiled < 1.2
 
 
 def test_sharing_and_settings_change_the_parts_they_should() -> None:
@@ -246,7 +267,7 @@ def test_the_config_shows_what_was_set_first() -> None:
 
 
 def test_memory_beside_the_compilers_figure() -> None:
-    shape, memory = Shape(4, 10, 60), Memory(*[2**30] * 10)
+    shape, memory = Shape(4, 10, 60), Memory(*[2**30] * 11)
     assert "error" not in dry_run.memory_row(shape, memory)
     row = dry_run.memory_row(shape, memory, 8 * 2**30)
     assert (row["bucket"], row["GiB"], row["error"]) == ("4 x 10 s + 60 tokens", "10.00", "+25 %")

