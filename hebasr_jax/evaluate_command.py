@@ -81,6 +81,7 @@ class Evaluate:
         from hebasr_jax.control import load_control
         from hebasr_jax.data.sources import open_source
         from hebasr_jax.evaluate import run_sets, system_of
+        from hebasr_jax.program_cache import keep_programs
         from hebasr_jax.report_eval import write_evaluation_report
         from hebasr_jax.run_config import Source
         from hebasr_jax.transcribe import load_recognizer
@@ -88,6 +89,7 @@ class Evaluate:
         # What may fail comes before hours of decoding.
         train = open_source(Source("train", self.check_overlap)) if self.check_overlap else None
         control = load_control(self.control) if self.control else None
+        keep_programs()
         recognizer = load_recognizer(
             model, revision=self.revision, dtype=self.dtype, kernel=self.attention
         )

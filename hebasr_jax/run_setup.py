@@ -245,8 +245,8 @@ def compile_steps(
 ) -> dict[tuple[str, Bucket], Any]:
     """Every bucket's program in these stages, by stage and bucket.
 
-    Compiled in parallel threads, but on a GPU one after the other: there XLA's trials of kernels
-    take all cores and the GPU, and threads bring nothing (docs/performance.md).
+    Compiled in parallel threads, but on a GPU one after the other: XLA's trials of kernels take all
+    cores and the GPU, and eight threads brought nothing (docs/performance.md).
 
     Args:
       told: called with each stage, bucket and program when it is ready.

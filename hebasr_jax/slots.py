@@ -32,10 +32,10 @@ _SHORTEST_S = 4  # shorter clips share the slots of this class
 _REFILLS = 8  # a fill takes an eighth of the slots
 _PIECE_S = 32  # most clips, and pieces of long ones, are shorter: little padding there
 _FILL_S = 2048  # padded audio in a fill: the conv stem takes 6 MB for each second of it
-# Of few rows, cuBLAS reads weights quicker than the kernels that XLA's trials prefer.
+# XLA's trials prefer kernels that find weights in a cache; in real steps cuBLAS is the quicker.
 _DECODE_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 _FREE = -1  # no utterance has the row
-_COLUMNS, _FEW_COLUMNS = 32, 24  # text columns and budgets: multiples of 32, or 24 (prompts: 18)
+_COLUMNS, _FEW_COLUMNS = 32, 24  # multiples of 32; prompts without context, 18 tokens, have 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +110,8 @@ def decode_all(
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Decoded] | None:
     """Decodes all, in the order given; each as if it were alone. None when `stopped` says so.
+
+    Several devices wait for each other: one call at a time.
 
     Args:
       params: whole on every device of the mesh.
@@ -281,10 +283,7 @@ def _dealt(which: range, shape: _Shape, devices: int) -> list[int]:
 
 
 def _take_rows(owner_DR: np.ndarray, which: range, shape: _Shape, count: int) -> np.ndarray:
-    """Gives the first free rows of each device to these utterances: each entry's row there.
-
-    An entry without an utterance gets a row that is not there, and is dropped.
-    """
+    """The first free row of its device for each entry, for none a row that is not there."""
     devices = len(owner_DR)
     row_M = shape.rows + np.arange(len(which), dtype=np.int32) % shape.fill_rows
     for m, i in zip(_dealt(which, shape, devices), which, strict=True):

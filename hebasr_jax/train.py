@@ -25,9 +25,9 @@ from hebasr_jax.distributed import any_host, is_first, local_rows, place_rows
 from hebasr_jax.errors import UserError
 from hebasr_jax.finish import asked_for, finish, repository
 from hebasr_jax.optim import join, rate_table
+from hebasr_jax.program_cache import keep_programs
 from hebasr_jax.rate_tables import stage_lines
 from hebasr_jax.report import write_report
-from hebasr_jax.run_config import Config
 from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
@@ -69,7 +69,8 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
             say(f"warning: {repo}: no token; set HF_TOKEN or `hf auth login` before the end")
         if is_first():
             stack.enter_context(open_run(folder))
-        use_cache(config)
+        if config.compute.cache_dir:
+            keep_programs(config.compute.cache_dir)
         fresh = accept_changes or not was_trained(folder)
         setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=fresh)
         if is_first():
@@ -120,14 +121,6 @@ def tracker(
     return stack.enter_context(
         open_sinks(config.tracking.sinks, folder, config.name, values, resumed, say)
     )
-
-
-def use_cache(config: Config) -> None:
-    """Keeps compiled programs on disk, so that a resumed run starts in seconds."""
-    if config.compute.cache_dir:
-        folder = str(Path(config.compute.cache_dir).expanduser())
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_changes: bool) -> None:

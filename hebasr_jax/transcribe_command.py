@@ -72,6 +72,7 @@ class Transcribe:
     def run(self) -> int:
         from hebasr_jax.audio import expand_inputs, stream_audio
         from hebasr_jax.longform import Failure, Sound, recognize_long
+        from hebasr_jax.program_cache import keep_programs
         from hebasr_jax.text import PromptStyle, build_prompt
         from hebasr_jax.transcribe import load_recognizer
         from hebasr_jax.writers import check_folder, output_stems
@@ -83,6 +84,7 @@ class Transcribe:
         named = None if self.language == "auto" else self.language
         style = PromptStyle(named, language_in_prompt=named is not None, stamps=self.timestamps)
         stems = output_stems(paths, self.out_dir) if self.out_dir else {}
+        keep_programs()
         recognizer = load_recognizer(
             self.model, revision=self.revision, dtype=self.dtype, kernel=self.attention
         )

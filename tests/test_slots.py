@@ -94,7 +94,7 @@ def test_any_batch_and_order_equals_each_alone(recognizer, utterances, alone, en
 def test_rows_are_refilled_while_others_run(recognizer, utterances, alone, monkeypatch) -> None:
     """Four slots for seven utterances of a class, one filled at a time."""
     runs = []
-    real = slots._decoder("cpu")
+    real = slots._decoder(recognizer.mesh.devices.flat[0].platform)
 
     def counted(params, state, leave, program):
         runs.append((int(leave), int(np.sum(state.running_R))))

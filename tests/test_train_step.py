@@ -3,10 +3,12 @@
 import functools
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 from reference import load_ours, load_torch, noise, tiny_folder, torch_inputs
@@ -17,7 +19,16 @@ from hebasr_jax.optim import make_optimizer, schedule, split
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Augment, Group, Optim, Stage
 from hebasr_jax.sharding import make_mesh
-from hebasr_jax.train_step import Step, init_state, lower_step, prepare_inputs, train_step
+from hebasr_jax.tiny import TINY
+from hebasr_jax.train_step import (
+    _OPTIONS,
+    Step,
+    compile_step,
+    init_state,
+    lower_step,
+    prepare_inputs,
+    train_step,
+)
 from hebasr_jax.weights import entries
 
 OPTIM = Optim(weight_decay=0.1, warmup_steps=3)
@@ -254,3 +265,18 @@ def test_bfloat16_steps_follow_float32_ones() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(coarse.trained)} == {jnp.dtype("float32")}
     for a, b in zip(metrics, coarse_metrics, strict=True):
         assert float(b.loss) == pytest.approx(float(a.loss), rel=3e-2)
+
+
+def test_steps_in_a_loop_are_compiled_with_a_platforms_options(monkeypatch) -> None:
+    """On a GPU of deterministic operations only; unrolled ones fail with it in XLA (jax 0.11.2)."""
+    assert _OPTIONS == {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
+    lowered = SimpleNamespace(compile=lambda options: options)
+    monkeypatch.setattr("hebasr_jax.train_step.lower_step", lambda *parts: lowered)
+    monkeypatch.setattr("hebasr_jax.train_step._OPTIONS", {"cpu": {"flag": True}})
+    for unroll, options in ((False, {"flag": True}), (True, None)):
+        step = Step(
+            TINY, Compute(unroll=unroll), Augment(), optax.adam(1.0), make_mesh(1), audio_s=2
+        )
+        assert (
+            compile_step(step, init_state({}, {}, step.optimizer), make_batch([1]), None) == options
+        )

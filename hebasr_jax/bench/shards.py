@@ -42,7 +42,7 @@ def mix_config(
     augment: Augment,
     compute: Computation,
 ) -> Config:
-    """A run over the mix: batches by seconds of padded audio, no clips joined."""
+    """A run over the mix: batches by seconds of padded audio, no clips joined unless replaced."""
     data = Data(
         train=(Source("mix", str(shards)),),
         batch_clips=None,

@@ -93,8 +93,10 @@ def load_system(given: str) -> "System | _Transcript":
 
         return load_control(given.removeprefix(CONTROL))
     from hebasr_jax.evaluate import system_of
+    from hebasr_jax.program_cache import keep_programs
     from hebasr_jax.transcribe import load_recognizer
 
+    keep_programs()
     return system_of(load_recognizer(given))
 
 

@@ -68,7 +68,8 @@ def products(x: Array, linears: Sequence[nnx.Linear], joined: Array | None) -> l
 def convolve(conv: nnx.Conv, x_BTMC: Array) -> Array:
     """A 3 x 3 convolution of stride 2 and padding 1, its bias's gradient summed up in float32.
 
-    Of one channel it is a product with the nine taps of each place: cuDNN takes longer for that.
+    Flax sums it up in bfloat16, over three million positions. Of one channel the convolution is a
+    product with the nine taps of each place: the stem's forward pass takes 10.6 ms instead of 12.4.
     """
     assert conv.bias is not None
     kernel = conv.kernel[...].astype(conv.dtype)
@@ -105,7 +106,7 @@ def _add_bias_fwd(x: Array, bias_C: Array) -> tuple[Array, None]:
 
 
 def _add_bias_bwd(kept: None, grad: Array) -> tuple[Array, Array]:
-    # The last sum by a product: XLA's kernel for it, over 512 rows, took 4 ms (jax 0.11.2, H100).
+    # The last sum by a product: XLA's kernels for two of them took 4.8 ms (jax 0.11.2, H100).
     sum_BC = jnp.sum(grad, axis=tuple(range(1, grad.ndim - 1)), dtype=jnp.float32)
     ones_1B = jnp.ones((1, len(sum_BC)), jnp.float32)
     total_1C = jnp.matmul(ones_1B, sum_BC, precision=jax.lax.Precision.HIGHEST)
