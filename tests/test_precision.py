@@ -58,11 +58,12 @@ def test_every_float32_product_asks_for_full_precision(name) -> None:
 
 
 def test_bfloat16_products_run_in_bfloat16() -> None:
-    """No product of the model is silently computed in float32."""
+    """No product of the model is silently computed in float32; sums of biases' gradients are."""
     for name in ("loss and gradient", "generation"):
         kinds = {
             tuple(v.aval.dtype.name for v in equation.invars)
             for equation in products(_programs(jnp.bfloat16)[name].jaxpr)
+            if not (equation.invars[0].aval.shape[0] == 1 and equation.outvars[0].aval.ndim == 2)
         }
         print(name, kinds)
         assert ("bfloat16", "bfloat16") in kinds
