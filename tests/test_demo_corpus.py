@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import espeakng_loader
@@ -13,6 +16,7 @@ from tokenizers import Tokenizer
 
 from hebasr_jax import demo_corpus
 from hebasr_jax.audio import SAMPLE_RATE, read_audio
+from hebasr_jax.data import espeak
 from hebasr_jax.data.espeak import VARIANTS
 from hebasr_jax.demo_corpus import (
     WORDS,
@@ -157,6 +161,20 @@ def test_espeak_takes_the_speakers_voice() -> None:
         return _pulse_hz(next(iter(demo_corpus._speak([Utterance("id", PHRASE, speaker, 5)])))[0])
 
     assert hertz("f5") > 1.2 * hertz("m1")
+
+
+def test_espeak_is_used_again_in_a_process() -> None:
+    """Its old tables are unmapped, and the new ones elsewhere: a voice of old tables crashes."""
+    code = "import espeak, mmap; say = [espeak.Saying('[[Sal\\'om]]', 'he+m1', 170, 50, 5, True)]\n"
+    code += "rooms = [mmap.mmap(-1, 1 << 20) for _ in range(4)]\n"
+    code += "for room in rooms: print(len(next(espeak.say(say)).pcm)); room.close()"
+    environment = os.environ | {"PYTHONPATH": str(Path(espeak.__file__).parent)}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "16384"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert min(map(int, ran.stdout.split())) > 2 * 5000
 
 
 def test_espeak_asked_for_but_missing(monkeypatch, tmp_path) -> None:

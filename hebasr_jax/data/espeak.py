@@ -1,4 +1,4 @@
-"""eSpeak NG by its C interface: one use in a process, since all of its state is global.
+"""eSpeak NG by its C interface: one use at a time in a process, since all of its state is global.
 
 As a program, `python -P espeak.py VOICE SEED OUT` says its standard input into a wav file. It
 imports nothing else of this package, so that a process for each text costs little.
@@ -73,6 +73,7 @@ class _Event(ctypes.Structure):
 def say(sayings: Iterable[Saying]) -> Iterator[Said]:
     """Says one after the other; noise depends on what was said before in this process.
 
+    eSpeak is held until the iterator is exhausted or closed: take no second one before that.
     Raises ValueError for a voice that eSpeak does not have.
     """
     import espeakng_loader
@@ -99,18 +100,21 @@ def say(sayings: Iterable[Saying]) -> Iterator[Said]:
     rate_hz = espeak.espeak_Initialize(synchronous, 0, data, 0)
     espeak.espeak_SetSynthCallback(take)
     espeak.espeak_SetParameter(volume, 60, 0)
-    for saying in sayings:
-        parts.clear()
-        starts.clear()
-        espeak.espeak_ng_SetRandSeed(ctypes.c_long(saying.seed))
-        if espeak.espeak_SetVoiceByName(saying.voice.encode()):
-            raise ValueError(f"eSpeak NG has no voice {saying.voice}")
-        espeak.espeak_SetParameter(rate, saying.rate, 0)
-        espeak.espeak_SetParameter(pitch, saying.pitch, 0)
-        text = saying.text.encode()
-        flags = utf8 | (phonemes if saying.phonemes else 0)
-        espeak.espeak_Synth(text, len(text) + 1, 0, 1, 0, flags, None, None)
-        yield Said(b"".join(parts), rate_hz, [*starts])
+    try:
+        for saying in sayings:
+            parts.clear()
+            starts.clear()
+            espeak.espeak_ng_SetRandSeed(ctypes.c_long(saying.seed))
+            if espeak.espeak_SetVoiceByName(saying.voice.encode()):
+                raise ValueError(f"eSpeak NG has no voice {saying.voice}")
+            espeak.espeak_SetParameter(rate, saying.rate, 0)
+            espeak.espeak_SetParameter(pitch, saying.pitch, 0)
+            text = saying.text.encode()
+            flags = utf8 | (phonemes if saying.phonemes else 0)
+            espeak.espeak_Synth(text, len(text) + 1, 0, 1, 0, flags, None, None)
+            yield Said(b"".join(parts), rate_hz, [*starts])
+    finally:
+        espeak.espeak_Terminate()  # a second Initialize frees tables that the voice still reads
 
 
 def saying_of(text: str, voice: str, seed: int) -> Saying:
