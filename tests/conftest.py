@@ -5,15 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+import cpu_programs
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Commands that decode keep compiled programs: not in the home folder of who runs the tests.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent / ".programs"))
-# Most of a test's time XLA's CPU compiler takes, a third of that for speed nobody needs here.
+os.environ.update(cpu_programs.ENVIRONMENT | os.environ)
 if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault(
-        "XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
-    )
+    os.environ.setdefault("XLA_FLAGS", cpu_programs.FLAGS)
 
 import hypothesis
 import jax

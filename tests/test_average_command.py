@@ -14,7 +14,6 @@ from tone_runs import make_workspace, train
 
 from hebasr_jax.cli import main
 from hebasr_jax.config import layout_of, model_config, read_config
-from hebasr_jax.config_file import load_config
 from hebasr_jax.paths import flat
 from hebasr_jax.trained import load_trained
 from hebasr_jax.transcribe import load_recognizer
@@ -22,15 +21,6 @@ from hebasr_jax.weights import load_params
 
 ROOT = Path(__file__).parents[1]
 STEPS = (10, 20, 30)
-
-
-def cache(space: Path) -> dict[str, str]:
-    """The programs that the run's validations compiled serve the command too."""
-    return {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=1",
-        "JAX_COMPILATION_CACHE_DIR": load_config(space / "config.py").config.compute.cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-    }
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +32,7 @@ def made(tmp_path_factory) -> Path:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "average.py", *words],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | cache(folder),
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

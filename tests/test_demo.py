@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import cpu_programs
 import numpy as np
 import pytest
 import soundfile
@@ -32,7 +33,7 @@ def corpus(tmp_path_factory) -> tuple[Path, Config]:
         data=replace(demo.data, max_bad_share=0.01, test=()),
         average=Average(),
         export=Export(),
-        compute=replace(demo.compute, cache_dir=str(files / "cache")),
+        compute=replace(demo.compute, cache_dir=str(cpu_programs.FOLDER)),
         train=replace(demo.train, steps=STEPS, checkpoint_steps=STEPS),
         validation=replace(demo.validation, every_steps=STEPS, bootstrap=50),
     )

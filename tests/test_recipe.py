@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import cpu_programs
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ STEP, SAVE, CARD = (
 )
 
 
-def local(config: str, name: str, cache: Path) -> list[str]:
+def local(config: str, name: str) -> list[str]:
     """Settings that put a recipe on the tiny model and the tones."""
     train, dev = SETS[config]
     stages = len(load_config(CONFIGS / f"{config}.py").config.stages)
@@ -60,7 +61,7 @@ def local(config: str, name: str, cache: Path) -> list[str]:
         "data.threads=2",
         "compute.dtype=float32",
         "compute.remat=none",
-        f"compute.cache_dir={cache}",
+        f"compute.cache_dir={cpu_programs.FOLDER}",
         "train.steps=10",
         "train.checkpoint_steps=2",
         "train.log_steps=1",
@@ -96,7 +97,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def run(space: Path, config: str, name: str, *more: str, code: int = 0, **options) -> str:
-    words = [*local(config, name, space.parent / "xla"), *settings(*more)]
+    words = [*local(config, name), *settings(*more)]
     told = train(space, *words, config=CONFIGS / f"{config}.py", code=code, **options)
     assert TOKEN not in told
     return told
@@ -289,7 +290,7 @@ def test_a_failed_upload_fails_nothing_and_is_tried_again(space, whole, hub) -> 
 def test_a_bad_repository_is_refused_before_training(space, monkeypatch, capsys) -> None:
     monkeypatch.chdir(space)
     monkeypatch.setenv("HF_REPO_ID", "no repository")
-    words = local("round2", "new", space.parent / "xla")
+    words = local("round2", "new")
     assert main(["train", "--config", str(CONFIGS / "round2.py"), *words]) == 1
     assert "HF_REPO_ID" in capsys.readouterr().err
     assert not (space / "runs" / "new").exists()

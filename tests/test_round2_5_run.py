@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import cpu_programs
 import jax
 import numpy as np
 import pytest
@@ -19,12 +20,11 @@ from hub_rows import a_slice, crowd, write
 from test_stamped_targets import read
 from tone_runs import settings
 
-from hebasr_jax import run_setup, train
+from hebasr_jax import train
 from hebasr_jax.cli import main
 from hebasr_jax.data.clips import Batch
 from hebasr_jax.text import TextTokenizer, load_tokenizer
 from hebasr_jax.tiny import write_tiny_model
-from hebasr_jax.train_step import lower_step
 
 ROOT = Path(__file__).parents[1]
 RATE, SAMPLES, STEPS, DEVIATIONS = 16_000, 12_800, 50, 4
@@ -164,11 +164,7 @@ def run(space, tmp_path, monkeypatch):
             seen.append((item.data, run.part(trainee).stage.name, item.epoch, trainee.step))
             original(run, trainee, item)
 
-        def compile_quickly(step, *shapes):
-            return lower_step(step, *shapes).compile({"xla_backend_optimization_level": 1})
-
         monkeypatch.setattr(train, "one_step", one_step)
-        monkeypatch.setattr(run_setup, "compile_step", compile_quickly)
         words = settings(
             "name=local",
             f"model.path={space / 'tiny'}",
@@ -176,7 +172,7 @@ def run(space, tmp_path, monkeypatch):
             "data.threads=2",
             "compute.dtype=float32",
             "compute.remat=none",
-            f"compute.cache_dir={space / 'xla'}",
+            f"compute.cache_dir={cpu_programs.FOLDER}",
             f"train.steps={steps}",
             f"train.checkpoint_steps={steps}",
             "train.log_steps=1",

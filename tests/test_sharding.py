@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_programs
 import jax
 import pytest
 
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def found() -> dict:
     """Results of tests/eight_devices.py."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+    flags = cpu_programs.flags(8)
     done = subprocess.run(
         [sys.executable, str(HERE / "eight_devices.py")],
         capture_output=True,

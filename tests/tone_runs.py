@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import cpu_programs
 import jax
 import numpy as np
 import soundfile
@@ -42,7 +43,7 @@ def get_config():
             speed_factors=(0.9, 1.0, 1.1),
             time_masks=1, time_mask_frames=10, mel_masks=1, mel_mask_bins=8,
         ),
-        compute=Computation(dtype="float32", remat="none", cache_dir=CACHE),
+        compute=Computation(dtype="float32", remat="none", cache_dir=PROGRAMS),
         optim=Optim(warmup_steps=3),
         stages=(Stage("train", 1, None, (), False, group, group, group, group, group),),
         train=Train(steps=30, checkpoint_steps=8, keep_last=9, keep_best=0, log_steps=3),
@@ -102,7 +103,7 @@ def make_workspace(made: Path, name: str) -> Path:
     template = common / "tones"
     if not template.exists():
         partial = Path(tempfile.mkdtemp(dir=common))
-        write_workspace(partial, common / "xla")
+        write_workspace(partial)
         try:
             partial.rename(template)
         except OSError:  # another worker was quicker
@@ -110,7 +111,7 @@ def make_workspace(made: Path, name: str) -> Path:
     return Path(shutil.copytree(template, made / name))
 
 
-def write_workspace(folder: Path, cache: Path) -> None:
+def write_workspace(folder: Path) -> None:
     (folder / "corpus").mkdir()
     rng = np.random.default_rng(0)
     for name, clips in (("train", 64), ("dev", 12)):
@@ -123,7 +124,8 @@ def write_workspace(folder: Path, cache: Path) -> None:
     merges = learn_merges([" ".join(WORDS)] * 2 + list(WORDS), 60)
     config = with_merges(TINY, len(merges))
     write_tiny_model(folder / "tiny", config=config, merges=merges, conv_gains=(2.0, 2.0, 2.0))
-    (folder / "config.py").write_text(f"CACHE = {str(cache)!r}\n{CONFIG}")
+    programs = str(cpu_programs.FOLDER)
+    (folder / "config.py").write_text(f"PROGRAMS = {programs!r}\n{CONFIG}")
 
 
 def settings(*changes: str) -> list[str]:
@@ -147,8 +149,8 @@ def start(
       meddle: what tests/meddled.py does to it; None: nothing, the command as a user gives it.
     """
     program = ["-m", "hebasr_jax"] if meddle is None else [TESTS / "meddled.py", json.dumps(meddle)]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"
-    flags = flags if platform == "cpu" else os.environ.get("XLA_FLAGS", "")
+    on_cpu = platform == "cpu"
+    flags = cpu_programs.flags(devices) if on_cpu else os.environ.get("XLA_FLAGS", "")
     paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *map(str, program), "train", "--config", str(config), *words],

@@ -1,0 +1,19 @@
+"""How tests compile on CPUs: fast rather than well, and each program once for all processes."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / ".programs"
+FLAGS = (  # most of a test's time is XLA's, and most of that for speed that nobody needs here
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false"
+)
+ENVIRONMENT = {
+    "JAX_COMPILATION_CACHE_DIR": str(FOLDER),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+def flags(devices: int) -> str:
+    """For a process with so many simulated devices."""
+    return f"{FLAGS} --xla_force_host_platform_device_count={devices}"
