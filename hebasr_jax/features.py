@@ -24,10 +24,12 @@ _BLOCK = 80  # divides both HOP and WINDOW, so that frames are joined from whole
 @cache
 def mel_filters(mel_bins: int) -> np.ndarray:
     """Slaney mel filters [201, mel_bins] over 0 to 8 kHz, float32."""
-    from librosa.filters import mel
+    from transformers.audio_utils import mel_filter_bank
 
-    filters = mel(sr=SAMPLE_RATE, n_fft=WINDOW, n_mels=mel_bins, fmin=0.0, fmax=8000.0)
-    return np.ascontiguousarray(filters.T, dtype=np.float32)
+    filters = mel_filter_bank(
+        WINDOW // 2 + 1, mel_bins, 0.0, 8000.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+    )
+    return filters.astype(np.float32)
 
 
 def frame_count(samples: Count) -> Count:
