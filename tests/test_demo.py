@@ -1,4 +1,4 @@
-"""The demo's recipe learns from sound: without it, or with texts of other clips, it does not."""
+"""The demo's recipe learns from sound: from lengths and texts alone it does not."""
 
 import json
 from dataclasses import replace
@@ -74,15 +74,9 @@ def test_it_learns_from_the_sound(corpus) -> None:
             soundfile.write(folder / row["audio"], np.zeros(samples, np.int16), 16000)
         return rows
 
-    def shuffled(rows: list[dict]) -> list[dict]:
-        texts = [(row["text"], row.pop("segments")) for row in rows]
-        order = np.random.default_rng(0).permutation(len(rows))
-        return [row | {"text": texts[n][0]} for row, n in zip(rows, order, strict=True)]
-
     learned = wer(config, "learned", changed(folder, "same", lambda rows: rows))
     assert learned < 0.4
     assert wer(config, "silent", changed(folder, "silent", silent)) > 0.6
-    assert wer(config, "shuffled", changed(folder, "shuffled", shuffled)) > 0.6
 
 
 def test_the_demo_model_has_room_for_its_tokens() -> None:
