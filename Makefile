@@ -54,4 +54,4 @@ lint: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-original
+	rm -rf .venv .venv-original tests/.programs

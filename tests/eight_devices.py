@@ -11,15 +11,27 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from reference import noise, tiny_folder
 from step_work import collectives
 from test_train_step import ALL, make_batch, make_step
 
 from hebasr_jax.distributed import place_rows, place_whole
+from hebasr_jax.generate import Slots, decode, empty_slots
+from hebasr_jax.model.asr import Params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Group
-from hebasr_jax.sharding import bytes_per_device, make_mesh, replicated, rows, shardings
+from hebasr_jax.sharding import (
+    COPIES,
+    CUT,
+    ROWS,
+    bytes_per_device,
+    make_mesh,
+    replicated,
+    rows,
+    shardings,
+)
 from hebasr_jax.slots import Utterance, decode_all
 from hebasr_jax.text import Prompt
 from hebasr_jax.train_step import compile_step, lower_step
@@ -84,6 +96,32 @@ def heard(devices: int) -> list:
     return [row.tokens for row in found]
 
 
+def taken_together() -> list[int]:
+    """Tokens of two rows on each of two devices when at most one of a device's still runs."""
+    recognizer = load_recognizer(str(tiny_folder()))
+    config, compute = recognizer.config, recognizer.compute
+    slots = replace(
+        empty_slots(config.decoder, rows=4, prompt=8, budget=40, dtype=compute.dtype),
+        prompt_R=jnp.ones(4, jnp.int32),
+        budget_R=jnp.array([3, 40, 20, 40]),
+        running_R=jnp.ones(4, bool),
+    )
+
+    def until_one_runs(params: Params, slots: Slots) -> Slots:
+        asr, leave = bind(params, config, compute), jnp.array(1)
+        return decode(asr, slots, leave, end_ids=(), sample=False, together=(COPIES, CUT))
+
+    on_two = jax.shard_map(
+        until_one_runs,
+        mesh=make_mesh(2),
+        in_specs=(PartitionSpec(), ROWS),
+        out_specs=ROWS,
+        check_vma=False,
+    )
+    params, slots = jax.device_get((recognizer.params, slots))
+    return jax.jit(on_two)(params, slots).length_R.tolist()
+
+
 def main() -> None:
     assert jax.device_count() == 8
     single = run(1)
@@ -103,6 +141,7 @@ def main() -> None:
         found[name]["worst"] = max(errors.values())
         found[name]["collectives"] = collectives(many["text"])
     found["gathered"] = gathered()
+    found["taken together"] = taken_together()
     found["heard"] = [heard(devices) for devices in (1, 8)]
     print(json.dumps(found))
 

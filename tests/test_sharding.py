@@ -57,6 +57,11 @@ def test_eight_devices_hear_what_one_hears(found) -> None:
     assert eight == one
 
 
+def test_devices_decode_until_all_have_room(found) -> None:
+    """A row of 40 beside one of 3 goes on until the other device's row of 20 has ended too."""
+    assert found["taken together"] == [3, 20, 20, 20]
+
+
 def test_weights_and_moments_are_cut_over_the_devices(found) -> None:
     assert found["step"]["cut"] > 50
     assert found["step"]["bytes"] < found["copies"]["bytes"] < found["single"]["bytes"]
