@@ -19,5 +19,5 @@ def keep_programs(folder: str | None = None) -> None:
     folder = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or Computation.cache_dir
     assert folder is not None
     jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-    longest_s = float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", longest_s)
+    least_s = float(os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least_s)

@@ -187,7 +187,8 @@ class Group:
     learning_rate: float = 0.0
     """peak; 0 freezes the group"""
     trained_layers: int | None = None
-    """only so many last layers of the group's stack are trained; None: all"""
+    """only so many last layers of the group's stack are trained; None: all. On a GPU such a step is
+    not of deterministic operations only"""
     layer_decay: float = 1.0
     """each layer's rate is this times the rate of the layer above it"""
 

@@ -29,8 +29,8 @@ from hebasr_jax.paths import flat, is_stacked, nested
 from hebasr_jax.run_config import Augment
 from hebasr_jax.sharding import ROWS, replicated, rows, shardings
 
-# Steps repeat bit for bit whatever kernels are chosen; and XLA's trials leave out convolutions with
-# atomic sums, one of which took 6 s a time: compiled in 16 s, not 50 (docs/performance.md).
+# So steps repeat bit for bit whatever kernels are chosen; and XLA's trials leave out convolutions
+# with atomic sums, one of which took 6 s a time: compiled in 16 s, not 50 (docs/performance.md).
 _OPTIONS = {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
 
 

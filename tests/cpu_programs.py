@@ -11,6 +11,8 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(FOLDER),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # JAX writes in place: who was killed then leaves half a program, which is compiled again.
+    "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry",
 }
 
 

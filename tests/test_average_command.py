@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_programs
 import jax
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def made(tmp_path_factory) -> Path:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "average.py", *words],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": cpu_programs.flags(1)},
         capture_output=True,
         text=True,
         timeout=300,

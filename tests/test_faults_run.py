@@ -101,7 +101,8 @@ MOMENTS = {  # what the run says just before a moment of that kind
 
 def hit(space: Path, name: str, cue: str, delay_s: float, number: signal.Signals) -> str:
     """Sends a signal some time after the run says `cue`; how it ended. Then all that it said."""
-    child, said = start(space, *settings(f"name={name}")), []
+    programs = ["compute.cache_dir=afresh"] if cue == MOMENTS["first compile"] else []
+    child, said = start(space, *settings(f"name={name}", *programs)), []
     for line in child.stderr:
         said.append(line)
         if line.startswith(cue):
