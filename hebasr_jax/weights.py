@@ -256,8 +256,8 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         if (folder / "model.safetensors").exists():
             return [folder / "model.safetensors"]
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        why = f"{pickles[0]} is a pickle, which can run code" if pickles else "nothing to read"
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        why = f"{others[0]} may be a pickle, which can run code" if others else "nothing to read"
         raise UserError(
             f"{folder} has no model.safetensors", why, "save the model with safetensors"
         )

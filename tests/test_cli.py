@@ -254,7 +254,7 @@ def file_limit(size: int) -> Iterator[None]:
         ("cut model-00002-of-00006.safetensors", "model-00002-of-00006.safetensors cannot be read"),
         ("remove model-00002-of-00006.safetensors", "lacks model-00002-of-00006.safetensors"),
         ("remove model.safetensors", "has no model.safetensors"),
-        ("rename model.safetensors pytorch_model.bin", "pytorch_model.bin is a pickle"),
+        ("rename model.safetensors pytorch_model.bin", "pytorch_model.bin may be a pickle"),
         ("remove tokenizer.json", "There is no tokenizer"),
         ("cut tokenizer.json", "Cannot read the tokenizer"),
         ("remove .", "no such model"),

@@ -22,18 +22,18 @@ LONG = settings(
 )
 
 
-def killed_at(space: Path, name: str, kills: tuple[int, ...], *words: str) -> Path:
+def killed_at(space: Path, name: str, kills: tuple[int, ...]) -> Path:
     """A run that is killed each time that its metrics have so many steps, and goes on."""
     run = space / "runs" / name
     for step in kills:
-        child = start(space, *LONG, *settings(f"name={name}"), *words, platform="cuda")
+        child = start(space, *LONG, *settings(f"name={name}"), platform="cuda")
         while (not (run / "metrics.jsonl").exists() or len(losses(run)) < step) and (
             child.poll() is None
         ):
             time.sleep(0.05)
         child.send_signal(signal.SIGKILL)
         end(child, -signal.SIGKILL)
-    train(space, *LONG, *settings(f"name={name}"), *words, platform="cuda")
+    train(space, *LONG, *settings(f"name={name}"), platform="cuda")
     return run
 
 

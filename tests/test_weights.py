@@ -261,7 +261,7 @@ def test_shards_keep_their_limit_and_their_sum(tmp_path) -> None:
 
 def test_pickles_are_refused(folder) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    _refused(folder, "pytorch_model.bin is a pickle")
+    _refused(folder, "pytorch_model.bin may be a pickle")
 
 
 def test_reading_and_writing_hold_little_more_than_the_tree(tmp_path) -> None:
