@@ -24,7 +24,7 @@ _ALWAYS = {"what", "size", "json"}
 _READ: dict[str, set[str]] = {  # flags that each measurement reads besides
     "train": {
         "work", "rows", "mix_audio_s", "buckets", "steps", "remat", "unroll", "attention", "gather",
-        "devices", "cut_over", "join_share", "peer", "dtype",
+        "moments", "devices", "cut_over", "join_share", "peer", "dtype",
         "coordinator", "processes", "process",
     },
     "generate": {"work", "slots", "tokens", "minutes", "attention", "peer", "dtype"},
@@ -72,6 +72,8 @@ class Bench:
     """what the backward pass recomputes, as in a config"""
     unroll: bool = False
     """layers one behind the other instead of in a loop, as in a config"""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """of the optimiser, as in a config"""
     attention: Literal["auto", "cudnn", "xla"] = "auto"
     """attention kernel"""
     gather: Literal["step", "layer"] = "step"
@@ -223,6 +225,7 @@ class Bench:
             self.mix_audio_s,
             self.buckets,
             self.join_share,
+            self.moments,
         )
         if "product" in self._parts():
             yield train.matrix_product()

@@ -245,8 +245,8 @@ def compile_steps(
 ) -> dict[tuple[str, Bucket], Any]:
     """Every bucket's program in these stages, by stage and bucket.
 
-    Compiled in parallel threads, but on a GPU one after the other: XLA's trials of kernels take all
-    cores and the GPU, and eight threads brought nothing (docs/performance.md).
+    In parallel threads; not so on GPUs of several processes, where XLA shares out its trials of
+    kernels among the processes.
 
     Args:
       told: called with each stage, bucket and program when it is ready.
@@ -262,7 +262,8 @@ def compile_steps(
         return compiled
 
     jobs = [(part, bucket) for part in parts for bucket in part.feed.buckets]
-    workers = 8 if jax.default_backend() == "cpu" else 1
+    on_gpu = 4 if jax.process_count() == 1 else 1
+    workers = 8 if jax.default_backend() == "cpu" else on_gpu
     with ThreadPoolExecutor(workers) as pool:
         programs = list(pool.map(one, jobs))
     return {(p.stage.name, b): program for (p, b), program in zip(jobs, programs, strict=True)}

@@ -5,7 +5,8 @@ weights is cut over (`compute.cut_over`, or all), R rows of A audio tokens and X
 L = A + X:
 
 weights    4 (P + Q) / n, float32
-moments    8 P / n, AdamW's; Muon has half of it for the layers' matrices, which is not told
+moments    8 P / n, AdamW's, or half of it as bfloat16; Muon has half of it for the layers'
+           matrices, which is not told
 copy       c (P + Q), gathered once a step, or / n when gathered by layer; none if c = 4, n = 1
 sums       4 P / n, float32 sums of gradients, if there is more than one micro-batch
 gradients  c P of one micro-batch (/ n when gathered by layer)
@@ -108,7 +109,7 @@ def memory_estimate(
     loss_rows = min(config.compute.loss_rows or shape.rows * shape.text_tokens, positions)
     return Memory(
         weights=4 * whole // devices,
-        moments=8 * trained // devices,
+        moments=(4 if config.optim.moments == "bfloat16" else 8) * trained // devices,
         copy=size * whole // spread if size < 4 or devices > 1 else 0,
         sums=accumulated * 4 * trained // devices,
         gradients=size * trained // spread,

@@ -5,6 +5,7 @@ batch (int16 waves, token ids)
   -> gradients, added in float32 -> clip -> optimiser -> new state, unless something is not finite
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.extend.mlir import ir
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -32,6 +34,7 @@ from hebasr_jax.sharding import ROWS, replicated, rows, shardings
 # So steps repeat bit for bit whatever kernels are chosen; and XLA's trials leave out convolutions
 # with atomic sums, one of which took 6 s a time: compiled in 16 s, not 50 (docs/performance.md).
 _OPTIONS = {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
+_BACKWARD = "__cudnn$fmhaSoftmaxBackward"
 
 
 @struct.dataclass
@@ -242,9 +245,34 @@ def lower_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> An
 
 def compile_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
     """The step compiled ahead of time for one bucket; call it with (state, batch, noise_NS)."""
+    lowered = lower_step(step, state, batch, noise_NS)
     options = _OPTIONS.get(step.mesh.devices.flat[0].platform)
-    stacks_are_cut = not flat(state.trained).keys().isdisjoint(flat(state.frozen))
-    # XLA's fault 46500: one layer's attention must not be in a deterministic program twice.
-    if step.compute.unroll or stacks_are_cut:
+    repeated = step.compute.unroll or stacks_are_cut(state)
+    if repeated and step.mesh.size > 1:  # the attentions that XLA makes out of these are its own
         options = None
-    return lower_step(step, state, batch, noise_NS).compile(options)
+    mark_attention(lowered.compiler_ir())
+    return lowered.compile(options)
+
+
+def stacks_are_cut(state: TrainState) -> bool:
+    """Whether some layers of a stack are trained and others frozen."""
+    return not flat(state.trained).keys().isdisjoint(flat(state.frozen))
+
+
+def mark_attention(module: ir.Module) -> None:
+    """Asks for the deterministic kernel in each of cuDNN's backward attentions of a program.
+
+    With `_OPTIONS` XLA asks for it too, but of equal ones only in the first, and then does not
+    find the others' (openxla/xla#46500): unrolled layers, a stack that `trained_layers` cuts.
+    """
+
+    def mark(op: ir.Operation) -> ir.WalkResult:
+        is_call = op.name == "stablehlo.custom_call"
+        if is_call and ir.StringAttr(op.attributes["call_target_name"]).value == _BACKWARD:
+            config = json.loads(ir.StringAttr(op.attributes["backend_config"]).value)
+            config["cudnn_fmha_backend_config"]["force_deterministic"] = True
+            op.attributes["backend_config"] = ir.StringAttr.get(json.dumps(config))
+        return ir.WalkResult.ADVANCE
+
+    with module.context:
+        module.operation.walk(mark)

@@ -11,16 +11,19 @@ from pathlib import Path
 from hebasr_jax.config import ModelConfig, model_config, read_config
 from hebasr_jax.model.asr import abstract_params
 from hebasr_jax.optim import RateRow, rate_table
-from hebasr_jax.run_config import Computation, Config, Group, Stage
+from hebasr_jax.run_config import Computation, Config, Group, Optim, Stage
 from hebasr_jax.step_memory import Shape, memory_estimate
 
 CARDS_GB, DEVICES, ROWS = (40, 48, 80, 141), (1, 2, 8), (64, 48, 32, 24, 16, 12, 8, 6, 4, 2, 1)
 SPARE = 0.92  # of a card's memory is for the step; the rest is the driver's, XLA's and the batch's
-WAYS = (  # the quickest first
-    Computation(remat="dots"),
-    Computation(remat="full"),
-    Computation(remat="full", gather="layer"),
-)
+WAYS = {  # the quickest first
+    "dots": Config(compute=Computation(remat="dots")),
+    "full": Config(compute=Computation(remat="full")),
+    "full, gather by layer": Config(compute=Computation(remat="full", gather="layer")),
+    "full, bfloat16 moments": Config(
+        compute=Computation(remat="full"), optim=Optim(moments="bfloat16")
+    ),
+}
 FROZEN = Group(0.0)
 STAGES = {
     "all": Stage(),
@@ -42,11 +45,10 @@ def main(folder: Path) -> None:
             cells = []
             for card_gb in CARDS_GB:
                 cells.append("does not fit")
-                for compute in WAYS:
-                    rows = largest(model, Config(compute=compute), stage, rates, devices, card_gb)
-                    if rows >= 4 or (rows and compute == WAYS[-1]):
-                        by_layer = ", gather by layer" * (compute.gather == "layer")
-                        cells[-1] = f"{rows} clips, {compute.remat}{by_layer}"
+                for way, config in WAYS.items():
+                    rows = largest(model, config, stage, rates, devices, card_gb)
+                    if rows >= 4 or (rows and way == [*WAYS][-1]):
+                        cells[-1] = f"{rows} clips, {way}"
                         break
             print(f"| {name} | {devices} | {' | '.join(cells)} |")
 

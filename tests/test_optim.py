@@ -20,6 +20,7 @@ from hebasr_jax.model.asr import abstract_params, init_params
 from hebasr_jax.optim import (
     GROUPS,
     check_groups,
+    check_moments,
     join,
     layer_rates,
     make_optimizer,
@@ -134,6 +135,34 @@ def test_clipping_is_by_the_norm_of_all_groups_together() -> None:
         if ".mu" in jax.tree_util.keystr(path)
     ]
     assert float(optax.tree.norm(means)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_bfloat16_moments_are_kept_as_such_and_move_weights_nearly_alike() -> None:
+    """Twenty updates from gradients with a mean: as far from float32's as bfloat16's eight bits."""
+    config = Optim(weight_decay=0.0, warmup_steps=0, clip_norm=1e9)
+    params = {"decoder": {"layers": {"up": {"kernel": jnp.zeros((2, 64, 64))}}}}
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(replace(config, moments=dtype), Stage(), params, 20)
+        moments, update, total = optimizer.init(params), jax.jit(optimizer.update), 0.0
+        for key in jax.random.split(jax.random.key(0), 20):
+            noise = jax.random.normal(key, (2, 64, 64))
+            grads = jax.tree.map(lambda w, noise=noise: 1e-3 * (1 + noise), params)
+            updates, moments = update(grads, moments, params)
+            total += np.asarray(jax.tree.leaves(updates)[0], np.float64)
+        moved[dtype] = total
+        large = [leaf.dtype.name for leaf in jax.tree.leaves(moments) if leaf.size > 2]
+        assert large == [dtype, dtype]
+    apart = np.linalg.norm(moved["bfloat16"] - moved["float32"]) / np.linalg.norm(moved["float32"])
+    assert 0 < apart < 0.01
+
+
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+def test_bfloat16_moments_need_means_that_they_can_tell(matrices) -> None:
+    check_moments(Optim(matrices=matrices, moments="float32", beta2=0.999))
+    check_moments(Optim(matrices=matrices, moments="bfloat16", beta2=0.98))
+    with pytest.raises(UserError, match=r"beta of 0\.999"):
+        check_moments(Optim(matrices=matrices, moments="bfloat16", beta2=0.999))
 
 
 def test_muon_is_for_layer_matrices_only_and_makes_them_orthogonal() -> None:

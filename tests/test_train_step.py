@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 import torch
+from jax.sharding import Mesh
 from reference import load_ours, load_torch, noise, tiny_folder, torch_inputs
 
 from hebasr_jax.data.clips import Batch
+from hebasr_jax.model.attention import attend
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.optim import make_optimizer, schedule, split
 from hebasr_jax.paths import flat
@@ -26,6 +28,7 @@ from hebasr_jax.train_step import (
     compile_step,
     init_state,
     lower_step,
+    mark_attention,
     prepare_inputs,
     train_step,
 )
@@ -268,19 +271,50 @@ def test_bfloat16_steps_follow_float32_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("unroll", "frozen", "option"),
-    [(False, {"stem": 1}, True), (True, {"stem": 1}, False), (False, {"layers": 1}, False)],
-    ids=["loop", "unrolled", "cut stack"],
+    ("unroll", "frozen", "devices", "option"),
+    [
+        (False, {"stem": 1}, 8, True),
+        (True, {"stem": 1}, 1, True),
+        (True, {"stem": 1}, 8, False),
+        (False, {"layers": 1}, 1, True),
+        (False, {"layers": 1}, 8, False),
+    ],
+    ids=["loop", "unrolled", "unrolled on 8", "cut stack", "cut stack on 8"],
 )
-def test_a_program_with_an_attention_once_has_its_platforms_option(
-    monkeypatch, unroll, frozen, option
+def test_a_program_has_its_platforms_option_where_xla_bears_it(
+    monkeypatch, unroll, frozen, devices, option
 ) -> None:
-    """On a GPU of deterministic operations only: XLA fails where one attention is there twice."""
+    """On a GPU of deterministic operations only, but XLA ends where they are not marked as such."""
     assert _OPTIONS == {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
-    lowered = SimpleNamespace(compile=lambda options: options)
+    lowered = SimpleNamespace(compile=lambda options: options, compiler_ir=lambda: None)
     monkeypatch.setattr("hebasr_jax.train_step.lower_step", lambda *parts: lowered)
+    monkeypatch.setattr("hebasr_jax.train_step.mark_attention", lambda module: None)
     monkeypatch.setattr("hebasr_jax.train_step._OPTIONS", {"cpu": {"flag": True}})
-    step = Step(TINY, Compute(unroll=unroll), Augment(), optax.adam(1.0), make_mesh(1), audio_s=2)
+    mesh = Mesh(np.array(jax.devices("cpu")[:1] * devices), ("data",))
+    step = Step(TINY, Compute(unroll=unroll), Augment(), optax.adam(1.0), mesh, audio_s=2)
     state = init_state({"layers": jnp.zeros(1)}, frozen, step.optimizer)
     options = compile_step(step, state, make_batch([1]), None)
     assert options == ({"flag": True} if option else None)
+
+
+def test_every_backward_attention_of_cudnn_is_marked(monkeypatch) -> None:
+    """Lowered for a GPU as it is where there is one; forward ones are left as they are."""
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda *version: 91900)
+    monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda *capability: True)
+
+    def twice(x: jax.Array) -> jax.Array:
+        lengths = jnp.full(len(x), 60, jnp.int32)
+        for _ in range(2):
+            x = attend(x, x, x, lengths_B=lengths, causal=True, kernel="cudnn")
+        return x.astype(jnp.float32).sum()
+
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    lowered = jax.jit(jax.grad(twice)).trace(x).lower(lowering_platforms=("cuda",))
+    before = lowered.as_text()
+    assert before.count("@__cudnn$fmhaSoftmax(") == before.count("fmhaSoftmaxBackward(") == 2
+    mark_attention(lowered.compiler_ir())
+    lines = str(lowered.compiler_ir()).splitlines()
+    marked = [line for line in lines if "force_deterministic\\22: true" in line]
+    assert marked == [line for line in lines if "@__cudnn$fmhaSoftmaxBackward(" in line]
+    assert len(marked) == 2

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class Settings:
     mix_audio_s: float
     buckets: int
     join_share: float = 0.0
+    moments: Literal["float32", "bfloat16"] = "float32"
 
 
 def fixed(settings: Settings) -> Row:
@@ -241,14 +242,15 @@ def _open_mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> S
         config,
         data=replace(config.data, join_share=settings.join_share),
         train=replace(config.train, log_steps=settings.steps),
+        optim=replace(config.optim, moments=settings.moments),
     )
     return set_up(config, folder / "files", folder / "quarantine.jsonl")
 
 
 def _optimizer(settings: Settings) -> Any:
-    config, stage = Config(), Stage()
+    optim, stage = replace(Config().optim, moments=settings.moments), Stage()
     shapes = jax.eval_shape(partial(init_params, settings.model), jax.random.key(0))
-    return make_optimizer(config.optim, stage, split_shapes(shapes, stage)[0], 1000)
+    return make_optimizer(optim, stage, split_shapes(shapes, stage)[0], 1000)
 
 
 def _speeds(done: Work, step_s: float, devices: int) -> Row:
