@@ -166,7 +166,7 @@ class Computation:
     """what the backward pass recomputes: nothing, all but weight products and attention, layers"""
     unroll: bool = False
     """layers one behind the other instead of in a loop: 7 to 9 % faster on an H200, three times as
-    long to compile; on several GPUs not of deterministic operations only"""
+    long to compile"""
     loss_rows: int | None = None
     """text positions whose logits exist at a time; None: all"""
     gather: Literal["step", "layer"] = "step"
@@ -187,8 +187,7 @@ class Group:
     learning_rate: float = 0.0
     """peak; 0 freezes the group"""
     trained_layers: int | None = None
-    """only so many last layers of the group's stack are trained; None: all. On several GPUs such a
-    step is not of deterministic operations only"""
+    """only so many last layers of the group's stack are trained; None: all"""
     layer_decay: float = 1.0
     """each layer's rate is this times the rate of the layer above it"""
 

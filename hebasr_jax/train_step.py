@@ -164,8 +164,8 @@ def micro_loss(
     )
     inputs = prepare(batch, noise_NS)
     above, below = assemble(trained, frozen)
-    by_layer = step.mesh if step.gather == "layer" else None
-    asr = bind(above, step.model, replace(step.compute, gather=by_layer), below)
+    spread = replace(step.compute, mesh=step.mesh, by_layer=step.gather == "layer")
+    asr = bind(above, step.model, spread, below)
     loss, _ = next_token_loss(asr, inputs, batch.in_loss_BX, rows=step.loss_rows)
     return loss / total
 
@@ -225,7 +225,7 @@ def _cut(x_B: Array, parts: int) -> Array:
     return x_B.reshape(x_B.shape[0] // parts, parts, *x_B.shape[1:]).swapaxes(0, 1)
 
 
-def lower_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
+def trace_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
     """The step of one bucket, traced; the memory of the state is reused for the new state.
 
     Args:
@@ -240,23 +240,14 @@ def lower_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> An
         in_shardings=(over_state, over_batch, placed),
         out_shardings=(over_state, whole),
         donate_argnums=0,
-    ).lower(state, batch, noise_NS)
+    ).trace(state, batch, noise_NS)
 
 
 def compile_step(step: Step, state: TrainState, batch: Batch, noise_NS: Any) -> Any:
     """The step compiled ahead of time for one bucket; call it with (state, batch, noise_NS)."""
-    lowered = lower_step(step, state, batch, noise_NS)
-    options = _OPTIONS.get(step.mesh.devices.flat[0].platform)
-    repeated = step.compute.unroll or stacks_are_cut(state)
-    if repeated and step.mesh.size > 1:  # the attentions that XLA makes out of these are its own
-        options = None
+    lowered = trace_step(step, state, batch, noise_NS).lower()
     mark_attention(lowered.compiler_ir())
-    return lowered.compile(options)
-
-
-def stacks_are_cut(state: TrainState) -> bool:
-    """Whether some layers of a stack are trained and others frozen."""
-    return not flat(state.trained).keys().isdisjoint(flat(state.frozen))
+    return lowered.compile(_OPTIONS.get(step.mesh.devices.flat[0].platform))
 
 
 def mark_attention(module: ir.Module) -> None:
@@ -264,6 +255,7 @@ def mark_attention(module: ir.Module) -> None:
 
     With `_OPTIONS` XLA asks for it too, but of equal ones only in the first, and then does not
     find the others' (openxla/xla#46500): unrolled layers, a stack that `trained_layers` cuts.
+    Of attention outside `shard_map` XLA makes such calls by itself, later, where rows are spread.
     """
 
     def mark(op: ir.Operation) -> ir.WalkResult:

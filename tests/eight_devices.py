@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ from hebasr_jax.sharding import (
 )
 from hebasr_jax.slots import Utterance, decode_all
 from hebasr_jax.text import Prompt
-from hebasr_jax.train_step import compile_step, lower_step
+from hebasr_jax.train_step import compile_step, mark_attention, trace_step
 from hebasr_jax.transcribe import load_recognizer
 
 BATCHES = [make_batch([32000, 9000, 20011, 5000] * 4, seed=seed) for seed in range(3)]
@@ -68,13 +69,35 @@ def gathered() -> dict[str, int]:
     """Values of the weights that a bfloat16 step wants whole, by type; XLA on a CPU widens them."""
     mesh = make_mesh(8)
     step, state = make_step(ALL, mesh=mesh, compute=Compute(jnp.bfloat16))
-    text = lower_step(step, state, BATCHES[0], None).as_text()
+    text = trace_step(step, state, BATCHES[0], None).lower().as_text()
     weights = text[: text.index("stablehlo.while")]  # the scan over micro-batches comes behind
     found: dict[str, int] = {}
     wanted = r"sharding_constraint %\w+ <@mesh, \[[{}, ]*\]> : tensor<([\dx]+)x(\w+)>"
     for sizes, kind in re.findall(wanted, weights):
         found[kind] = found.get(kind, 0) + math.prod(map(int, sizes.split("x")))
     return found
+
+
+def attentions(unroll: bool) -> dict[str, int]:
+    """cuDNN's attentions in a step with a cut stack as it is handed to XLA for eight GPUs."""
+    stage = replace(ALL, decoder=Group(1e-3, trained_layers=2))
+    compute = Compute(jnp.bfloat16, "cudnn", "dots", unroll)
+    step, state = make_step(stage, mesh=make_mesh(8), compute=compute)
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    with (
+        mock.patch(f"{cudnn}.check_cudnn_version", return_value=91900),
+        mock.patch(f"{cudnn}.check_compute_capability", return_value=True),
+    ):
+        traced = trace_step(step, state, BATCHES[0], None)
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
+    mark_attention(module)
+    text = str(module)
+    return {
+        "forward": text.count("@__cudnn$fmhaSoftmax("),
+        "backward": text.count("@__cudnn$fmhaSoftmaxBackward("),
+        "marked": text.count("force_deterministic"),
+        "left to XLA": text.count("CustomSPMDPartitioning"),
+    }
 
 
 def heard(devices: int) -> list:
@@ -141,6 +164,7 @@ def main() -> None:
         found[name]["worst"] = max(errors.values())
         found[name]["collectives"] = collectives(many["text"])
     found["gathered"] = gathered()
+    found["attentions"] = [attentions(unroll) for unroll in (False, True)]
     found["taken together"] = taken_together()
     found["heard"] = [heard(devices) for devices in (1, 8)]
     print(json.dumps(found))

@@ -73,6 +73,16 @@ def test_matrices_are_gathered_in_bfloat16(found) -> None:
     assert found["gathered"]["bf16"] > 20 * found["gathered"]["f32"]
 
 
+def test_each_device_attends_to_its_own_rows_and_repeats_bit_for_bit(found) -> None:
+    """Of the encoder, and of the decoder's frozen and trained layers: once forwards, once back.
+
+    What is left to XLA to be spread over devices cannot be marked, and would end a step on GPUs.
+    """
+    looped, unrolled = found["attentions"]
+    assert looped == {"forward": 3, "backward": 3, "marked": 3, "left to XLA": 0}
+    assert unrolled == looped  # each stack's layer is one function, called by each of its layers
+
+
 def test_every_parameter_has_one_row_of_the_table() -> None:
     for path, leaf in flat(abstract_params(TINY)).items():
         axis = look_up(TABLE, path)

@@ -8,10 +8,8 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
-from jax.sharding import Mesh
 from reference import load_ours, load_torch, noise, tiny_folder, torch_inputs
 
 from hebasr_jax.data.clips import Batch
@@ -21,15 +19,14 @@ from hebasr_jax.optim import make_optimizer, schedule, split
 from hebasr_jax.paths import flat
 from hebasr_jax.run_config import Augment, Group, Optim, Stage
 from hebasr_jax.sharding import make_mesh
-from hebasr_jax.tiny import TINY
 from hebasr_jax.train_step import (
     _OPTIONS,
     Step,
     compile_step,
     init_state,
-    lower_step,
     mark_attention,
     prepare_inputs,
+    trace_step,
     train_step,
 )
 from hebasr_jax.weights import entries
@@ -255,7 +252,7 @@ def moment(state, path: tuple[str, ...]):
 
 def test_the_state_gives_its_memory_to_the_new_state() -> None:
     step, state = make_step()
-    text = lower_step(step, state, BATCHES[0], None).as_text()
+    text = trace_step(step, state, BATCHES[0], None).lower().as_text()
     assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
 
 
@@ -270,31 +267,16 @@ def test_bfloat16_steps_follow_float32_ones() -> None:
         assert float(b.loss) == pytest.approx(float(a.loss), rel=3e-2)
 
 
-@pytest.mark.parametrize(
-    ("unroll", "frozen", "devices", "option"),
-    [
-        (False, {"stem": 1}, 8, True),
-        (True, {"stem": 1}, 1, True),
-        (True, {"stem": 1}, 8, False),
-        (False, {"layers": 1}, 1, True),
-        (False, {"layers": 1}, 8, False),
-    ],
-    ids=["loop", "unrolled", "unrolled on 8", "cut stack", "cut stack on 8"],
-)
-def test_a_program_has_its_platforms_option_where_xla_bears_it(
-    monkeypatch, unroll, frozen, devices, option
-) -> None:
-    """On a GPU of deterministic operations only, but XLA ends where they are not marked as such."""
+def test_a_program_is_compiled_with_the_option_of_its_platform(monkeypatch) -> None:
+    """On a GPU: of deterministic operations only."""
     assert _OPTIONS == {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
     lowered = SimpleNamespace(compile=lambda options: options, compiler_ir=lambda: None)
-    monkeypatch.setattr("hebasr_jax.train_step.lower_step", lambda *parts: lowered)
+    traced = SimpleNamespace(lower=lambda: lowered)
+    monkeypatch.setattr("hebasr_jax.train_step.trace_step", lambda *parts: traced)
     monkeypatch.setattr("hebasr_jax.train_step.mark_attention", lambda module: None)
     monkeypatch.setattr("hebasr_jax.train_step._OPTIONS", {"cpu": {"flag": True}})
-    mesh = Mesh(np.array(jax.devices("cpu")[:1] * devices), ("data",))
-    step = Step(TINY, Compute(unroll=unroll), Augment(), optax.adam(1.0), mesh, audio_s=2)
-    state = init_state({"layers": jnp.zeros(1)}, frozen, step.optimizer)
-    options = compile_step(step, state, make_batch([1]), None)
-    assert options == ({"flag": True} if option else None)
+    step, state = make_step()
+    assert compile_step(step, state, BATCHES[0], None) == {"flag": True}
 
 
 def test_every_backward_attention_of_cudnn_is_marked(monkeypatch) -> None:

@@ -1,11 +1,15 @@
 """The one door to attention kernels. Masks are given as lengths, never as a full boolean mask."""
 
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from hebasr_jax.sharding import ROWS
 
 Kernel = Literal["cudnn", "xla"]
 _LONG, _BLOCK = 2048, 1024  # positions: rows beyond _LONG go block by block through XLA
@@ -36,13 +40,26 @@ def attend(
     lengths_B: Int[Array, " B"],
     causal: bool,
     kernel: Kernel,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B L N H"]:
     """Self-attention inside right-padded rows, scale H**-0.5, softmax in float32.
 
     Query head n reads key head n // (N / K). `lengths_B` must be at least 1: cuDNN has been seen
     to fail on empty rows. Output behind a row's length is finite and has no meaning.
+
+    Args:
+      mesh: that rows are spread over; each device attends to its own. None: all rows are here.
     """
-    lengths_B, length = lengths_B.astype(jnp.int32), q_BLNH.shape[1]
+    own = partial(_attend, causal=causal, kernel=kernel)
+    if mesh is not None:
+        own = jax.shard_map(own, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False)
+    return own(q_BLNH, k_BLKH, v_BLKH, lengths_B.astype(jnp.int32))
+
+
+def _attend(
+    q_BLNH: Array, k_BLKH: Array, v_BLKH: Array, lengths_B: Array, *, causal: bool, kernel: Kernel
+) -> Array:
+    length = q_BLNH.shape[1]
     if kernel == "xla" and length > _LONG:
         return _attend_in_blocks(q_BLNH, k_BLKH, v_BLKH, lengths_B, causal)
     if kernel == "cudnn":  # its gradient refuses rows of odd length

@@ -49,7 +49,8 @@ class Decoder(nnx.Module):
         [layers, B, L, K, H], rotated and ready for a cache; else it is None.
         """
         positions_BL = jnp.broadcast_to(jnp.arange(x_BLD.shape[1]), x_BLD.shape[:2])
-        causal = partial(attend, lengths_B=lengths_B, causal=True, kernel=self.compute.kernel)
+        kernel, mesh = self.compute.kernel, self.compute.mesh
+        causal = partial(attend, lengths_B=lengths_B, causal=True, kernel=kernel, mesh=mesh)
 
         def mix(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
             return causal(q, k, v), (k, v) if keep_kv else None

@@ -136,5 +136,6 @@ class EncoderLayer(nnx.Module):
             lengths_B=lengths,
             causal=False,
             kernel=self.compute.kernel,
+            mesh=self.compute.mesh,
         )
         return out.reshape(clips, windows * window, width)[:, :tokens]

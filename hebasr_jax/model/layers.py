@@ -29,14 +29,16 @@ class Compute:
       products and of attention, or the whole layer.
     unroll: layers follow each other in the program instead of in a loop, which copies weights and
       what is kept in and out of stacks; programs take longer to compile.
-    gather: mesh that a layer's weights are cut over until it runs; None: they are whole.
+    mesh: that rows are spread over, each device attending to its own; None: all rows are here.
+    by_layer: weights of a layer are cut over the mesh until it runs.
     """
 
     dtype: DTypeLike = jnp.float32
     kernel: Kernel = "xla"
     remat: Remat = "none"
     unroll: bool = False
-    gather: Mesh | None = None
+    mesh: Mesh | None = None
+    by_layer: bool = False
 
 
 def linear(n_in: int, n_out: int, bias: bool, compute: Compute, rngs: nnx.Rngs) -> nnx.Linear:
@@ -147,8 +149,9 @@ def scan_layers(
         ),
         "full": jax.checkpoint_policies.nothing_saveable,
     }
-    if (mesh := compute.gather) is not None:
-        body = partial(_gather_and_run, body, mesh)
+    if compute.by_layer:
+        assert compute.mesh is not None
+        body = partial(_gather_and_run, body, compute.mesh)
 
     if compute.remat != "none":
         body = jax.checkpoint(body, policy=policies[compute.remat])
