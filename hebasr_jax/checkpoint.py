@@ -262,6 +262,8 @@ def kept(
 def load(folder: Path, like: Any, *, part: bool = False) -> tuple[Any, dict[str, Any]]:
     """The arrays of one checkpoint, bit for bit, laid out as `like` says, and its facts.
 
+    Moments that were kept as another kind of float are made what `like` says (`optim.moments`).
+
     Args:
       like: pytree of `jax.ShapeDtypeStruct` with shardings, of the saved names and shapes.
       part: `like` may lack leaves of the checkpoint; they are not read.
@@ -271,7 +273,8 @@ def load(folder: Path, like: Any, *, part: bool = False) -> tuple[Any, dict[str,
     """
     facts = read_json(folder / _FACTS)
     there, wanted = facts.pop("leaves"), _by_path(like)
-    here = _describe(wanted)
+    stored = {name: _as_kept(name, leaf, there.get(name, "")) for name, leaf in wanted.items()}
+    here = _describe(stored)
     names = here if part else {**here, **there}
     differing = [name for name in names if there.get(name) != here.get(name)]
     if differing:
@@ -283,10 +286,13 @@ def load(folder: Path, like: Any, *, part: bool = False) -> tuple[Any, dict[str,
             "take the config that it was trained with, or set another name",
         )
     leaves = ocp.load(
-        folder.absolute(), {name: wanted.get(name, ocp.PLACEHOLDER) for name in there}
+        folder.absolute(), {name: stored.get(name, ocp.PLACEHOLDER) for name in there}
     )
-    state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
-    return state, facts
+    found = [
+        x if x.dtype == leaf.dtype else x.astype(leaf.dtype)
+        for x, leaf in ((leaves[name], leaf) for name, leaf in wanted.items())
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), found), facts
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -344,6 +350,14 @@ def _how_to_save() -> ocp.Context:
     # Else a folder that cannot be made shows after minutes, as a timeout.
     context.async_options.create_directories_asynchronously = False
     return context
+
+
+def _as_kept(name: str, leaf: Any, described: str) -> Any:
+    """A leaf of the moments in the kind of float that the checkpoint has it in."""
+    for kept in ("float32", "bfloat16"):
+        if name.startswith("moments/") and described == f"{kept}{list(leaf.shape)}":
+            return leaf.update(dtype=kept)
+    return leaf
 
 
 def _describe(leaves: Mapping[str, Any]) -> dict[str, str]:

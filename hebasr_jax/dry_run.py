@@ -20,7 +20,7 @@ from hebasr_jax.data.plan import plan_table
 from hebasr_jax.data.sources import is_there
 from hebasr_jax.errors import UserError
 from hebasr_jax.model.asr import abstract_params
-from hebasr_jax.optim import check_groups, check_moments, rate_table
+from hebasr_jax.optim import check_groups, rate_table
 from hebasr_jax.rate_tables import layer_rows, rate_rows
 from hebasr_jax.run_config import Config, Source
 from hebasr_jax.run_setup import Setup, compile_steps, set_up, step_for
@@ -103,7 +103,6 @@ def _show_rates_alone(config: Config) -> None:
         print(f"No model here either, so no rates: {error}")
         return
     shapes = abstract_params(model)
-    check_moments(config.optim)
     for stage in config.stages:
         check_groups(shapes, stage)
         rates = rate_table(shapes, stage)

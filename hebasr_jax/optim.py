@@ -149,13 +149,10 @@ def make_optimizer(
 
 
 def scale_by_adam(config: Optim) -> optax.GradientTransformation:
-    """Adam's direction (Kingma and Ba 2015), each layer's bias corrected by its own age.
-
-    Moments are float32 while they are used, whatever they are kept as.
-    """
+    """Adam's direction (Kingma and Ba 2015), each layer's bias corrected by its own age."""
 
     def init(params: Tree) -> AdamState:
-        zeros = jax.tree.map(lambda w: jnp.zeros_like(w, config.moments), params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
         return AdamState(jax.tree.map_with_path(_no_age, params), zeros, zeros)
 
     def update(grads: Tree, state: AdamState, params: Any = None) -> tuple[Tree, AdamState]:
@@ -168,8 +165,26 @@ def scale_by_adam(config: Optim) -> optax.GradientTransformation:
             m, v = (x / (1 - b ** n.astype(jnp.float32)) for x, b in ((m, b1), (v, b2)))
             return m / (jnp.sqrt(v) + config.epsilon)
 
-        kept = [jax.tree.map(lambda x: x.astype(config.moments), tree) for tree in (mu, nu)]
-        return jax.tree.map(direction, age, mu, nu), AdamState(age, *kept)
+        return jax.tree.map(direction, age, mu, nu), AdamState(age, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def keep_moments(
+    optimizer: optax.GradientTransformation, dtype: str
+) -> optax.GradientTransformation:
+    """An optimiser whose moments, `mu` and `nu`, are float32 in use and kept as `dtype`."""
+
+    def cast(state: Any, to: str) -> Any:
+        moments = {name: getattr(state, name) for name in ("mu", "nu") if hasattr(state, name)}
+        return state._replace(**jax.tree.map(lambda x: x.astype(to), moments))
+
+    def init(params: Tree) -> Any:
+        return cast(optimizer.init(params), dtype)
+
+    def update(grads: Tree, state: Any, params: Any = None) -> tuple[Tree, Any]:
+        updates, state = optimizer.update(grads, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)
 
@@ -289,17 +304,6 @@ def split_shapes(params: Tree, stage: Stage) -> tuple[Tree, Tree]:
     return jax.eval_shape(lambda tree: split(tree, stage), params)
 
 
-def check_moments(config: Optim) -> None:
-    """Refuses bfloat16 for a mean that moves by less in an update than bfloat16 can tell."""
-    longest = max(config.beta1, config.beta2)
-    if config.moments == "bfloat16" and longest > 0.99:
-        raise UserError(
-            f"bfloat16 moments do not go with a beta of {longest}",
-            "they would stand still: bfloat16 tells differences of 0.4 to 0.8 % only",
-            "set optim.beta2 to 0.99 or less, or optim.moments to float32",
-        )
-
-
 def check_groups(params: Tree, stage: Stage) -> None:
     """Refuses a stage that trains nothing, or layers that a stack does not have."""
     for row in rate_table(params, stage):
@@ -329,16 +333,16 @@ def _kind(path: str, leaf: Any, config: Optim) -> str:
 def _direction(config: Optim, kind: str) -> optax.GradientTransformation:
     if kind == "muon":
         matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+        muon = optax.contrib.scale_by_muon(
+            weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrices, tree)
+        )
         scale = optax.chain(
-            optax.contrib.scale_by_muon(
-                weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: matrices, tree),
-                mu_dtype=config.moments,
-            ),
+            keep_moments(muon, config.moments),
             # AdamW-sized updates, so that its rates hold: arXiv 2502.16982, section 2.2.
             optax.stateless(lambda u, _: jax.tree.map(_like_adam, u)),
         )
     else:
-        scale = scale_by_adam(config)
+        scale = keep_moments(scale_by_adam(config), config.moments)
     decay = optax.identity() if kind == "vector" else optax.add_decayed_weights(config.weight_decay)
     return optax.chain(scale, decay)
 

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -147,46 +147,57 @@ def was_trained(folder: Path) -> bool:
     return any(".partial" not in name for name in names)
 
 
-def record_start(
+def changes_since(
     folder: Path,
     config: Mapping[str, Mapping[str, Any]],
     fixed: Mapping[str, Any],
     *,
-    about: Mapping[str, Any] | None = None,
     accept_changes: bool = False,
 ) -> list[str]:
-    """Checks a resumed run against its last start, then writes config.json and env.json.
+    """Every difference to the last start of a run, as `name: old -> new`; worth a line each.
 
-    Until a first checkpoint is there, anything may change.
+    Until a first checkpoint is there, anything may change. A setting that the version of the last
+    start did not have is no change where it is at its default.
 
     Args:
       config: {"optim.beta1": {"value": 0.9, "origin": "default"}, ...}
       fixed: JSON of what else must stay the same: fingerprints of the data sets, sha256 of the
         tokenizer, sizes of the model.
-      about: JSON to note with this start, such as revisions and licences of the data.
-
-    Returns:
-      every difference to the last start, as `name: old -> new`; worth a line each.
 
     Raises:
-      UserError: a value outside `MAY_CHANGE` differs and `accept_changes` is False. Nothing was
-        written then.
+      UserError: a value outside `MAY_CHANGE` differs and `accept_changes` is False.
     """
+    if not was_trained(folder):
+        return []
     old, env = read_json(folder / "config.json"), read_json(folder / "env.json")
-    new, fixed = json.loads(json.dumps([config, fixed]))  # tuples as lists, as they are read back
-    changes: list[str] = []
-    if was_trained(folder):
-        values = differences(_values(old), _values(new))
-        others = list(differences(_flat(env.get("fixed", {})), _flat(fixed)).values())
-        changes = [*values.values(), *others]
-        refused = [line for name, line in values.items() if not free_to_change(name)] + others
-        if refused and not accept_changes:
-            raise _changed(folder, refused)
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    start = {"time": now, **environment(), **(about or {}), "changes": changes}
-    write_json(folder / "config.json", new)
+    known = {n: entry for n, entry in config.items() if n in old or entry["origin"] != "default"}
+    new, fixed = json.loads(json.dumps([known, fixed]))  # tuples as lists, as they are read back
+    values = differences(_values(old), _values(new))
+    others = list(differences(_flat(env.get("fixed", {})), _flat(fixed)).values())
+    refused = [line for name, line in values.items() if not free_to_change(name)] + others
+    if refused and not accept_changes:
+        raise _changed(folder, refused)
+    return [*values.values(), *others]
+
+
+def record_start(
+    folder: Path,
+    config: Mapping[str, Mapping[str, Any]],
+    fixed: Mapping[str, Any],
+    changes: Sequence[str],
+    *,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json and env.json of a start that will go on; see `changes_since`.
+
+    Args:
+      changes: since the last start.
+      about: JSON to note with this start, such as revisions and licences of the data.
+    """
+    env, now = read_json(folder / "env.json"), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    start = {"time": now, **environment(), **(about or {}), "changes": list(changes)}
+    write_json(folder / "config.json", config)
     write_json(folder / "env.json", {"fixed": fixed, "starts": [*env.get("starts", []), start]})
-    return changes
 
 
 def free_to_change(name: str) -> bool:

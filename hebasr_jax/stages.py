@@ -24,7 +24,6 @@ from hebasr_jax.optim import (
     GROUPS,
     carry_over,
     check_groups,
-    check_moments,
     join,
     make_optimizer,
     measured_rates,
@@ -70,7 +69,6 @@ def make_parts(config: Config, feed: Feed, shapes: Params, row_multiple: int) ->
       feed: over all sets, as `data.train` has them.
       shapes: of the model's parameters.
     """
-    check_moments(config.optim)
     for stage in config.stages:
         check_groups(shapes, stage)
     feeds = [_feed_of(feed, number, row_multiple) for number in range(len(config.stages))]

@@ -31,6 +31,7 @@ from hebasr_jax.report import write_report
 from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
+    changes_since,
     open_run,
     record_start,
     was_trained,
@@ -73,14 +74,15 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
             keep_programs(config.compute.cache_dir)
         fresh = accept_changes or not was_trained(folder)
         setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=fresh)
-        if is_first():
-            begin(setup, folder, loaded, say, accept_changes)
+        changes = begin(setup, folder, loaded, say, accept_changes) if is_first() else []
         store = stack.enter_context(
             CheckpointStore(
                 folder, keep_last=config.train.keep_last, keep_best=config.train.keep_best, warn=say
             )
         )
         trainee = start_or_resume(setup, store, say)
+        if is_first():  # only now: what cannot be gone on with leaves the last start's record
+            record_start(folder, dump(loaded), fixed_facts(setup), changes)
         if is_first() and not trainee.step:
             put_aside(folder, say)
         resumed = trainee.step or None
@@ -123,10 +125,13 @@ def tracker(
     )
 
 
-def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_changes: bool) -> None:
-    """Checks that a resumed run is what it was, and writes down what this start is."""
+def begin(
+    setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_changes: bool
+) -> list[str]:
+    """Checks that a resumed run is what it was; says, and returns, what changed since."""
     facts = fixed_facts(setup)
-    for line in record_start(folder, dump(loaded), facts, accept_changes=accept_changes):
+    changes = changes_since(folder, dump(loaded), facts, accept_changes=accept_changes)
+    for line in changes:
         say(f"changed since the last start: {line}")
     write_json(folder / "plan.json", plan_tables(setup))
     for line in dict.fromkeys(x for part in setup.parts for x in part.feed.targets.warnings()):
@@ -138,6 +143,7 @@ def begin(setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_cha
             say(f"{name}: {count} clips left out: {reason}")
     if len(setup.quarantine):
         say(f"{len(setup.quarantine)} clips cannot be used; see {folder / 'quarantine.jsonl'}")
+    return changes
 
 
 def dev_sets_of(setup: Setup, say: Say) -> list[DevSet]:

@@ -225,6 +225,19 @@ def test_the_checkpoint_of_another_model_is_refused_in_three_lines(tmp_path) -> 
     assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
+def test_moments_alone_may_be_kept_as_another_kind_of_float(tmp_path) -> None:
+    state = {"moments": {"mu": jnp.linspace(0, 1, 64)}, "params": jnp.ones(3)}
+    with _store(tmp_path) as store:
+        store.save(1, state, {})
+        store.wait()
+        like = _like(state | {"moments": {"mu": state["moments"]["mu"].astype(jnp.bfloat16)}})
+        found = store.restore(lambda _: like).state
+        assert _bits(found) == _bits(jax.tree.map(lambda x, y: x.astype(y.dtype), state, like))
+        like = _like(state | {"params": jnp.ones(3, jnp.bfloat16)})
+        with pytest.raises(UserError, match="another model"):
+            store.restore(lambda _: like)
+
+
 def test_a_part_is_read_by_itself(tmp_path) -> None:
     _saved(tmp_path, 4)
     like = {"params": _like(_state(0))["params"]}

@@ -301,6 +301,15 @@ def test_values_that_make_no_sense(tmp_path, override) -> None:
     assert told.startswith(override.partition("=")[0].replace("train.1.name", "train")), told
 
 
+@pytest.mark.parametrize("beta", ["beta1", "beta2"])
+def test_bfloat16_moments_need_means_that_they_can_tell(tmp_path, beta) -> None:
+    path, slow = write(tmp_path, TWO_SETS), f"optim.{beta}=0.995"
+    load_config(path, [slow])
+    load_config(path, ["optim.moments=bfloat16"])
+    told = refusal(path, "optim.moments=bfloat16", slow)
+    assert f"does not go with optim.{beta} = 0.995" in told
+
+
 WORDS = st.text(st.characters(codec="utf-8"), max_size=5)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="./\\\0"), max_size=5)
 SETS = st.lists(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from hebasr_jax.model.asr import Inputs, abstract_params, bind
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.optim import RateRow
 from hebasr_jax.rate_tables import layer_rows, rate_rows
-from hebasr_jax.run_config import Augment, Computation, Config, Group, Stage
+from hebasr_jax.run_config import Augment, Computation, Config, Group, Optim, Stage
 from hebasr_jax.sharding import make_mesh
 from hebasr_jax.step_memory import Memory, Shape, compiled_bytes, memory_estimate
 from hebasr_jax.tiny import write_tiny_model
@@ -236,6 +237,8 @@ def test_sharing_and_settings_change_the_parts_they_should() -> None:
     assert one.gradients == eight.gradients > layer.gradients
     tiled = memory_estimate(LARGE, run(loss_rows=60), stage, rates, shape)
     assert 4 * tiled.logits == one.logits
+    halved = replace(run(dtype="bfloat16"), optim=Optim(moments="bfloat16"))
+    assert 2 * memory_estimate(LARGE, halved, stage, rates, shape).moments == one.moments
 
 
 RATES = [

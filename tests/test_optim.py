@@ -20,7 +20,6 @@ from hebasr_jax.model.asr import abstract_params, init_params
 from hebasr_jax.optim import (
     GROUPS,
     check_groups,
-    check_moments,
     join,
     layer_rates,
     make_optimizer,
@@ -33,6 +32,7 @@ from hebasr_jax.run_config import Group, Optim, Stage
 from hebasr_jax.tiny import TINY
 
 FROZEN = Group(0.0)
+SMALL = {"decoder": {"layers": {"up": {"kernel": jnp.zeros((2, 64, 64))}}}}
 
 
 def test_every_parameter_has_one_group() -> None:
@@ -137,32 +137,38 @@ def test_clipping_is_by_the_norm_of_all_groups_together() -> None:
     assert float(optax.tree.norm(means)) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_bfloat16_moments_are_kept_as_such_and_move_weights_nearly_alike() -> None:
-    """Twenty updates from gradients with a mean: as far from float32's as bfloat16's eight bits."""
-    config = Optim(weight_decay=0.0, warmup_steps=0, clip_norm=1e9)
-    params = {"decoder": {"layers": {"up": {"kernel": jnp.zeros((2, 64, 64))}}}}
+@pytest.mark.parametrize(("matrices", "most"), [("adamw", 0.005), ("muon", 0.05)])
+def test_bfloat16_moments_cost_their_rounding_and_no_more(matrices, most) -> None:
+    """400 updates: were Adam's betas rounded too, they would end 2 % apart.
+
+    Muon makes small directions as large as others, and with them their rounding.
+    """
+    config = Optim(matrices=matrices, weight_decay=0.0, warmup_steps=0, clip_norm=1e9)
     moved = {}
     for dtype in ("float32", "bfloat16"):
-        optimizer = make_optimizer(replace(config, moments=dtype), Stage(), params, 20)
-        moments, update, total = optimizer.init(params), jax.jit(optimizer.update), 0.0
-        for key in jax.random.split(jax.random.key(0), 20):
+        optimizer = make_optimizer(replace(config, moments=dtype), Stage(), SMALL, 400)
+        moments, update, total = optimizer.init(SMALL), jax.jit(optimizer.update), 0.0
+        kinds = [leaf.dtype for leaf in jax.tree.leaves(moments)]
+        for key in jax.random.split(jax.random.key(0), 400):
             noise = jax.random.normal(key, (2, 64, 64))
-            grads = jax.tree.map(lambda w, noise=noise: 1e-3 * (1 + noise), params)
-            updates, moments = update(grads, moments, params)
+            grads = jax.tree.map(lambda w, noise=noise: 1e-3 * (1 + noise), SMALL)
+            updates, moments = update(grads, moments, SMALL)
             total += np.asarray(jax.tree.leaves(updates)[0], np.float64)
         moved[dtype] = total
-        large = [leaf.dtype.name for leaf in jax.tree.leaves(moments) if leaf.size > 2]
-        assert large == [dtype, dtype]
+        large = [leaf.dtype.name for leaf in jax.tree.leaves(moments) if leaf.size > 1000]
+        assert set(large) == {dtype}
+        assert kinds == [leaf.dtype for leaf in jax.tree.leaves(moments)]  # from the first step on
     apart = np.linalg.norm(moved["bfloat16"] - moved["float32"]) / np.linalg.norm(moved["float32"])
-    assert 0 < apart < 0.01
+    assert 0 < apart < most
 
 
-@pytest.mark.parametrize("matrices", ["adamw", "muon"])
-def test_bfloat16_moments_need_means_that_they_can_tell(matrices) -> None:
-    check_moments(Optim(matrices=matrices, moments="float32", beta2=0.999))
-    check_moments(Optim(matrices=matrices, moments="bfloat16", beta2=0.98))
-    with pytest.raises(UserError, match=r"beta of 0\.999"):
-        check_moments(Optim(matrices=matrices, moments="bfloat16", beta2=0.999))
+def test_the_moments_of_an_update_are_used_before_they_are_rounded() -> None:
+    """Adam's first direction is the gradient's sign, whatever its size."""
+    config = Optim(weight_decay=0.0, warmup_steps=0, epsilon=1e-30, clip_norm=1e9)
+    optimizer = make_optimizer(replace(config, moments="bfloat16"), Stage(), SMALL, 10)
+    grads = jax.tree.map(lambda w: jnp.linspace(1e-3, 2e-3, w.size).reshape(w.shape), SMALL)
+    update = jax.tree.leaves(optimizer.update(grads, optimizer.init(SMALL), SMALL)[0])[0]
+    np.testing.assert_allclose(np.asarray(update), update.reshape(-1)[0], rtol=1e-5)
 
 
 def test_muon_is_for_layer_matrices_only_and_makes_them_orthogonal() -> None:

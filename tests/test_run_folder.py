@@ -15,6 +15,7 @@ from hebasr_jax.errors import UserError
 from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
+    changes_since,
     commit,
     open_run,
     read_json,
@@ -46,9 +47,16 @@ def _changed(**values: object) -> dict:
     return {k: {**v, "value": new.get(k, v["value"])} for k, v in CONFIG.items()}
 
 
+def begin(folder: Path, config: dict, fixed: dict, *, accept_changes: bool = False, **more) -> list:
+    """What changed since the last start, and the record of this one."""
+    changes = changes_since(folder, config, fixed, accept_changes=accept_changes)
+    record_start(folder, config, fixed, changes, **more)
+    return changes
+
+
 @pytest.fixture
 def trained(tmp_path) -> Path:
-    record_start(tmp_path, CONFIG, FIXED)
+    begin(tmp_path, CONFIG, FIXED)
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     return tmp_path
 
@@ -85,7 +93,7 @@ def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path) -> None:
 
 def test_the_same_start_again_changes_nothing(trained) -> None:
     before = read_json(trained / "config.json")
-    assert record_start(trained, CONFIG, FIXED, about={"licences": {"fleurs": "CC"}}) == []
+    assert begin(trained, CONFIG, FIXED, about={"licences": {"fleurs": "CC"}}) == []
     assert read_json(trained / "config.json") == before == json.loads(json.dumps(CONFIG))
     env = read_json(trained / "env.json")
     assert env["fixed"] == FIXED
@@ -98,7 +106,7 @@ def test_the_same_start_again_changes_nothing(trained) -> None:
 def test_the_environment_holds_no_secret(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret123")
     monkeypatch.setattr(sys, "argv", ["train.py", "--token", "hf_secret123"])
-    record_start(tmp_path, CONFIG, FIXED)
+    begin(tmp_path, CONFIG, FIXED)
     assert "hf_secret123" not in (tmp_path / "env.json").read_text()
 
 
@@ -106,34 +114,40 @@ def test_a_changed_value_is_refused_shown_and_changes_nothing(trained) -> None:
     config, fixed = _changed(seed=1, augment__speed_factors=[1.0]), {**FIXED, "tokenizer": "0000"}
     files = {path: path.read_bytes() for path in trained.glob("*.json")}
     with pytest.raises(UserError) as caught:
-        record_start(trained, config, fixed)
+        begin(trained, config, fixed)
     _, why, remedy = str(caught.value).splitlines()
     assert why == (
         'augment.speed_factors: [0.9, 1.1] -> [1.0]; seed: 0 -> 1; tokenizer: "ef56" -> "0000"'
     )
     assert "--accept-changes" in remedy
     assert {path: path.read_bytes() for path in trained.glob("*.json")} == files
-    changes = record_start(trained, config, fixed, accept_changes=True)
+    changes = begin(trained, config, fixed, accept_changes=True)
     assert read_json(trained / "env.json")["starts"][-1]["changes"] == changes == why.split("; ")
-    assert record_start(trained, config, fixed) == []
+    assert begin(trained, config, fixed) == []
 
 
 def test_a_changed_set_is_refused_by_name(trained) -> None:
     fixed = {**FIXED, "sets": {"fleurs": "ab12", "new": "77"}}
     with pytest.raises(UserError, match=r'sets.new: nothing -> "77"; sets.קול: "cd34" -> nothing'):
-        record_start(trained, CONFIG, fixed)
+        begin(trained, CONFIG, fixed)
 
 
 def test_many_differences_are_counted(trained) -> None:
-    config = {f"optim.x{n}": {"value": n, "origin": "default"} for n in range(9)}
+    config = {f"optim.x{n}": {"value": n, "origin": "a.py"} for n in range(9)}
     with pytest.raises(UserError, match="; 8 more"):
-        record_start(trained, {**_changed(seed=3, augment__speed_factors=[2.0]), **config}, FIXED)
+        begin(trained, {**_changed(seed=3, augment__speed_factors=[2.0]), **config}, FIXED)
+
+
+def test_a_setting_that_is_new_is_a_change_unless_it_is_at_its_default(trained) -> None:
+    new = {"optim.moments": {"value": "float32", "origin": "default"}}
+    assert begin(trained, {**CONFIG, **new}, FIXED) == []
+    asked = {"optim.x": {"value": "float32", "origin": "configs/a.py"}}
+    with pytest.raises(UserError, match=r'optim\.x: nothing -> "float32"'):
+        begin(trained, {**CONFIG, **new, **asked}, FIXED)
 
 
 def test_values_that_touch_no_step_may_change_and_are_noted(trained) -> None:
-    assert record_start(trained, _changed(train__log_steps=50), FIXED) == [
-        "train.log_steps: 10 -> 50"
-    ]
+    assert begin(trained, _changed(train__log_steps=50), FIXED) == ["train.log_steps: 10 -> 50"]
 
 
 def test_what_may_change_is_in_the_config_and_spares_the_schedule() -> None:
@@ -157,12 +171,12 @@ def test_what_may_change_is_in_the_config_and_spares_the_schedule() -> None:
 
 @pytest.mark.parametrize("name", ["5.partial", "5.partial.orbax-checkpoint-tmp"])
 def test_before_the_first_checkpoint_all_may_change(tmp_path, name) -> None:
-    record_start(tmp_path, CONFIG, FIXED)
+    begin(tmp_path, CONFIG, FIXED)
     (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert record_start(tmp_path, _changed(seed=1), FIXED) == []
+    assert begin(tmp_path, _changed(seed=1), FIXED) == []
     (tmp_path / "checkpoints" / "5.damaged").mkdir()
     with pytest.raises(UserError, match="seed: 1 -> 2"):
-        record_start(tmp_path, _changed(seed=2), FIXED)
+        begin(tmp_path, _changed(seed=2), FIXED)
 
 
 def test_json_is_whole_or_as_before(tmp_path, monkeypatch) -> None:

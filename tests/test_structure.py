@@ -19,7 +19,7 @@ LEVELS = [
     {"", "errors"},
     {"flags", "charts", "paths", "card_text", "output_style", "sound_level"},
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
-    {"identity", "benchmark_sets", "program_cache", "sharding"},
+    {"identity", "benchmark_sets", "program_cache", "sharding", "config_sense"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
     {"silence", "subtitles"},
     {"card", "upload", "page", "hypotheses", "significance"},

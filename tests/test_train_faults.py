@@ -123,15 +123,22 @@ def test_a_resumed_run_must_be_what_it_was(space, capsys, what) -> None:
 
 
 def test_the_checkpoint_of_another_model_is_refused(space, capsys) -> None:
+    """And leaves the record of what the run was trained with."""
+
+    def record() -> dict[Path, bytes]:
+        run = Path("runs/cut")
+        described = {path: path.read_bytes() for path in (run / "config.json", run / "env.json")}
+        return described | contents(run / "checkpoints")
+
     write_tiny_model(space / "small", config=with_merges(TINY, 0))
     words = settings("name=cut", "model.path=small", *QUIET)
-    kept = contents(Path("runs/cut/checkpoints"))
+    kept = record()
     assert main(["train", "--config", "config.py", *words, "--accept-changes"]) == 1
     error = capsys.readouterr().err.split("error: ")[1].splitlines()
     assert len(error) == 3
     assert error[0].endswith("is the checkpoint of another model")
     assert "decoder/embed/embedding: float32[" in error[1]
-    assert contents(Path("runs/cut/checkpoints")) == kept
+    assert record() == kept
 
 
 def test_a_folder_is_one_runs_at_a_time(space, capsys) -> None:

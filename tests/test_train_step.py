@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.extend.mlir import ir
 from reference import load_ours, load_torch, noise, tiny_folder, torch_inputs
 
 from hebasr_jax.data.clips import Batch
@@ -24,7 +25,6 @@ from hebasr_jax.train_step import (
     Step,
     compile_step,
     init_state,
-    mark_attention,
     prepare_inputs,
     trace_step,
     train_step,
@@ -267,20 +267,9 @@ def test_bfloat16_steps_follow_float32_ones() -> None:
         assert float(b.loss) == pytest.approx(float(a.loss), rel=3e-2)
 
 
-def test_a_program_is_compiled_with_the_option_of_its_platform(monkeypatch) -> None:
-    """On a GPU: of deterministic operations only."""
-    assert _OPTIONS == {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
-    lowered = SimpleNamespace(compile=lambda options: options, compiler_ir=lambda: None)
-    traced = SimpleNamespace(lower=lambda: lowered)
-    monkeypatch.setattr("hebasr_jax.train_step.trace_step", lambda *parts: traced)
-    monkeypatch.setattr("hebasr_jax.train_step.mark_attention", lambda module: None)
-    monkeypatch.setattr("hebasr_jax.train_step._OPTIONS", {"cpu": {"flag": True}})
-    step, state = make_step()
-    assert compile_step(step, state, BATCHES[0], None) == {"flag": True}
-
-
-def test_every_backward_attention_of_cudnn_is_marked(monkeypatch) -> None:
-    """Lowered for a GPU as it is where there is one; forward ones are left as they are."""
+@pytest.fixture
+def for_a_gpu(monkeypatch):
+    """Two layers of cuDNN attention and their gradients, lowered as where there is a GPU."""
     cudnn = "jax._src.cudnn.fused_attention_stablehlo"
     monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda *version: 91900)
     monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda *capability: True)
@@ -292,11 +281,37 @@ def test_every_backward_attention_of_cudnn_is_marked(monkeypatch) -> None:
         return x.astype(jnp.float32).sum()
 
     x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
-    lowered = jax.jit(jax.grad(twice)).trace(x).lower(lowering_platforms=("cuda",))
-    before = lowered.as_text()
-    assert before.count("@__cudnn$fmhaSoftmax(") == before.count("fmhaSoftmaxBackward(") == 2
-    mark_attention(lowered.compiler_ir())
-    lines = str(lowered.compiler_ir()).splitlines()
-    marked = [line for line in lines if "force_deterministic\\22: true" in line]
-    assert marked == [line for line in lines if "@__cudnn$fmhaSoftmaxBackward(" in line]
-    assert len(marked) == 2
+    return jax.jit(jax.grad(twice)).trace(x).lower(lowering_platforms=("cuda",))
+
+
+def test_a_program_is_compiled_with_all_backward_attentions_marked(monkeypatch, for_a_gpu) -> None:
+    """And with the option of its platform, on a GPU: of deterministic operations only."""
+    assert _OPTIONS == {"gpu": {"xla_gpu_exclude_nondeterministic_ops": True}}
+    monkeypatch.setattr("hebasr_jax.train_step._OPTIONS", {"cpu": {"flag": True}})
+    module = for_a_gpu.compiler_ir()
+    lowered = SimpleNamespace(compiler_ir=lambda: module, compile=lambda x: (x, str(module)))
+    traced = SimpleNamespace(lower=lambda: lowered)
+    monkeypatch.setattr("hebasr_jax.train_step.trace_step", lambda *parts: traced)
+    step, state = make_step()
+    options, text = compile_step(step, state, BATCHES[0], None)
+    assert options == {"flag": True}
+    calls = [line for line in text.splitlines() if "@__cudnn$fmhaSoftmax" in line]
+    backward = [line for line in calls if "@__cudnn$fmhaSoftmaxBackward(" in line]
+    assert (len(calls), len(backward)) == (4, 2)
+    assert backward == [line for line in calls if "force_deterministic\\22: true" in line]
+
+
+def test_a_program_is_compiled_as_it_was_edited() -> None:
+    """JAX promises no more of `compiler_ir` than that it is there to be looked at."""
+    lowered = jax.jit(lambda x: x < 0).lower(jnp.float32(1))
+
+    def turn(op: ir.Operation) -> ir.WalkResult:
+        if op.name == "stablehlo.compare":
+            greater = ir.Attribute.parse("#stablehlo<comparison_direction GT>")
+            op.attributes["comparison_direction"] = greater
+        return ir.WalkResult.ADVANCE
+
+    module = lowered.compiler_ir()
+    with module.context:
+        module.operation.walk(turn)
+    assert lowered.compile()(jnp.float32(1))
