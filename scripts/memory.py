@@ -17,13 +17,13 @@ from hebasr_jax.step_memory import Shape, memory_estimate
 CARDS_GB, DEVICES, ROWS = (40, 48, 80, 141), (1, 2, 8), (64, 48, 32, 24, 16, 12, 8, 6, 4, 2, 1)
 SPARE = 0.92  # of a card's memory is for the step; the rest is the driver's, XLA's and the batch's
 WAYS = {  # the quickest first
-    "dots": Config(compute=Computation(remat="dots")),
-    "full": Config(compute=Computation(remat="full")),
-    "full, gather by layer": Config(compute=Computation(remat="full", gather="layer")),
-    "full, bfloat16 moments": Config(
-        compute=Computation(remat="full"), optim=Optim(moments="bfloat16")
-    ),
+    f"{remat}{', bfloat16 moments' * half}": Config(
+        compute=Computation(remat=remat), optim=Optim(moments="bfloat16" if half else "float32")
+    )
+    for remat in ("dots", "full")
+    for half in (False, True)
 }
+ENOUGH = 8  # clips: with fewer a slower way that holds more is told
 FROZEN = Group(0.0)
 STAGES = {
     "all": Stage(),
@@ -44,12 +44,12 @@ def main(folder: Path) -> None:
         for devices in DEVICES:
             cells = []
             for card_gb in CARDS_GB:
-                cells.append("does not fit")
-                for way, config in WAYS.items():
-                    rows = largest(model, config, stage, rates, devices, card_gb)
-                    if rows >= 4 or (rows and way == [*WAYS][-1]):
-                        cells[-1] = f"{rows} clips, {way}"
-                        break
+                fits = {
+                    way: largest(model, config, stage, rates, devices, card_gb)
+                    for way, config in WAYS.items()
+                }
+                way = next((way for way in fits if fits[way] >= ENOUGH), max(fits, key=lambda way: fits[way]))
+                cells.append(f"{fits[way]} clips, {way}" if fits[way] else "does not fit")
             print(f"| {name} | {devices} | {' | '.join(cells)} |")
 
 
