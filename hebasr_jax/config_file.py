@@ -133,6 +133,11 @@ def flatten(config: Config) -> dict[str, Any]:
     return {at: leaf.value for at, leaf in _leaves(config, Config())}
 
 
+def at_defaults(config: Config) -> set[str]:
+    """Paths of the values that are as they would be if nobody had set them."""
+    return {at for at, leaf in _leaves(config, Config()) if leaf.value == leaf.default}
+
+
 def dump(loaded: LoadedConfig) -> dict[str, dict[str, Any]]:
     """`{path: {"value": ..., "origin": ...}}` for JSON; `config_of` is the way back."""
     return {

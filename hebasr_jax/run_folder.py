@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,7 @@ validation is over. Epochs and steps are not among them, since the rate schedule
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_UNRECORDED = ".unrecorded"  # is there from when a start makes files anew until its record
 _SHOWN = 3  # differences named in a message
 
 
@@ -147,11 +148,27 @@ def was_trained(folder: Path) -> bool:
     return any(".partial" not in name for name in names)
 
 
+def is_laid_out_anew(folder: Path, *, accept_changes: bool) -> bool:
+    """Whether a start makes the run's own files anew: model files, list of bad clips.
+
+    A first start does, one that accepts changes, and one after a start that ended before it was
+    recorded: what that one made may be of other settings than the record's. So it is noted here
+    until `record_start`.
+    """
+    unrecorded = folder / _UNRECORDED
+    if not was_trained(folder):
+        return True
+    if accept_changes:
+        write_text(unrecorded, "")
+    return unrecorded.exists()
+
+
 def changes_since(
     folder: Path,
     config: Mapping[str, Mapping[str, Any]],
     fixed: Mapping[str, Any],
     *,
+    at_defaults: Collection[str] = (),
     accept_changes: bool = False,
 ) -> list[str]:
     """Every difference to the last start of a run, as `name: old -> new`; worth a line each.
@@ -163,6 +180,7 @@ def changes_since(
       config: {"optim.beta1": {"value": 0.9, "origin": "default"}, ...}
       fixed: JSON of what else must stay the same: fingerprints of the data sets, sha256 of the
         tokenizer, sizes of the model.
+      at_defaults: names of config values that are at their defaults.
 
     Raises:
       UserError: a value outside `MAY_CHANGE` differs and `accept_changes` is False.
@@ -170,7 +188,7 @@ def changes_since(
     if not was_trained(folder):
         return []
     old, env = read_json(folder / "config.json"), read_json(folder / "env.json")
-    known = {n: entry for n, entry in config.items() if n in old or entry["origin"] != "default"}
+    known = {n: entry for n, entry in config.items() if n in old or n not in at_defaults}
     new, fixed = json.loads(json.dumps([known, fixed]))  # tuples as lists, as they are read back
     values = differences(_values(old), _values(new))
     others = list(differences(_flat(env.get("fixed", {})), _flat(fixed)).values())
@@ -198,6 +216,7 @@ def record_start(
     start = {"time": now, **environment(), **(about or {}), "changes": list(changes)}
     write_json(folder / "config.json", config)
     write_json(folder / "env.json", {"fixed": fixed, "starts": [*env.get("starts", []), start]})
+    (folder / _UNRECORDED).unlink(missing_ok=True)
 
 
 def free_to_change(name: str) -> bool:

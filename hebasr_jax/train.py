@@ -17,7 +17,7 @@ import numpy as np
 
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.checkpoint import CheckpointStore
-from hebasr_jax.config_file import LoadedConfig, dump
+from hebasr_jax.config_file import LoadedConfig, at_defaults, dump
 from hebasr_jax.data.clips import Batch
 from hebasr_jax.data.pipeline import Item, stream
 from hebasr_jax.data.plan import Bucket, plan_table
@@ -32,9 +32,9 @@ from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
     changes_since,
+    is_laid_out_anew,
     open_run,
     record_start,
-    was_trained,
     write_json,
 )
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up
@@ -72,17 +72,19 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
             stack.enter_context(open_run(folder))
         if config.compute.cache_dir:
             keep_programs(config.compute.cache_dir)
-        fresh = accept_changes or not was_trained(folder)
+        fresh = is_first() and is_laid_out_anew(folder, accept_changes=accept_changes)
         setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=fresh)
-        changes = begin(setup, folder, loaded, say, accept_changes) if is_first() else []
+        facts = fixed_facts(setup)
+        changes = begin(setup, folder, loaded, facts, say, accept_changes) if is_first() else []
         store = stack.enter_context(
             CheckpointStore(
                 folder, keep_last=config.train.keep_last, keep_best=config.train.keep_best, warn=say
             )
         )
         trainee = start_or_resume(setup, store, say)
-        if is_first():  # only now: what cannot be gone on with leaves the last start's record
-            record_start(folder, dump(loaded), fixed_facts(setup), changes)
+        if is_first():  # only now: a start that cannot go on leaves the last one's record
+            write_json(folder / "plan.json", plan_tables(setup))
+            record_start(folder, dump(loaded), facts, changes)
         if is_first() and not trainee.step:
             put_aside(folder, say)
         resumed = trainee.step or None
@@ -126,14 +128,23 @@ def tracker(
 
 
 def begin(
-    setup: Setup, folder: Path, loaded: LoadedConfig, say: Say, accept_changes: bool
+    setup: Setup,
+    folder: Path,
+    loaded: LoadedConfig,
+    facts: Mapping[str, Any],
+    say: Say,
+    accept_changes: bool,
 ) -> list[str]:
     """Checks that a resumed run is what it was; says, and returns, what changed since."""
-    facts = fixed_facts(setup)
-    changes = changes_since(folder, dump(loaded), facts, accept_changes=accept_changes)
+    changes = changes_since(
+        folder,
+        dump(loaded),
+        facts,
+        at_defaults=at_defaults(loaded.config),
+        accept_changes=accept_changes,
+    )
     for line in changes:
         say(f"changed since the last start: {line}")
-    write_json(folder / "plan.json", plan_tables(setup))
     for line in dict.fromkeys(x for part in setup.parts for x in part.feed.targets.warnings()):
         say(f"warning: {line}")
     for line in setup.remarks:

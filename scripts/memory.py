@@ -48,7 +48,10 @@ def main(folder: Path) -> None:
                     way: largest(model, config, stage, rates, devices, card_gb)
                     for way, config in WAYS.items()
                 }
-                way = next((way for way in fits if fits[way] >= ENOUGH), max(fits, key=lambda way: fits[way]))
+                way = next(
+                    (way for way in fits if fits[way] >= ENOUGH),
+                    max(fits, key=lambda way: fits[way]),
+                )
                 cells.append(f"{fits[way]} clips, {way}" if fits[way] else "does not fit")
             print(f"| {name} | {devices} | {' | '.join(cells)} |")
 

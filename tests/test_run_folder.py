@@ -47,10 +47,10 @@ def _changed(**values: object) -> dict:
     return {k: {**v, "value": new.get(k, v["value"])} for k, v in CONFIG.items()}
 
 
-def begin(folder: Path, config: dict, fixed: dict, *, accept_changes: bool = False, **more) -> list:
+def begin(folder: Path, config: dict, fixed: dict, *, about: dict | None = None, **how) -> list:
     """What changed since the last start, and the record of this one."""
-    changes = changes_since(folder, config, fixed, accept_changes=accept_changes)
-    record_start(folder, config, fixed, changes, **more)
+    changes = changes_since(folder, config, fixed, **how)
+    record_start(folder, config, fixed, changes, about=about)
     return changes
 
 
@@ -139,11 +139,10 @@ def test_many_differences_are_counted(trained) -> None:
 
 
 def test_a_setting_that_is_new_is_a_change_unless_it_is_at_its_default(trained) -> None:
-    new = {"optim.moments": {"value": "float32", "origin": "default"}}
-    assert begin(trained, {**CONFIG, **new}, FIXED) == []
-    asked = {"optim.x": {"value": "float32", "origin": "configs/a.py"}}
-    with pytest.raises(UserError, match=r'optim\.x: nothing -> "float32"'):
-        begin(trained, {**CONFIG, **new, **asked}, FIXED)
+    new = {"optim.moments": {"value": "float32", "origin": "--set"}}
+    with pytest.raises(UserError, match=r'optim\.moments: nothing -> "float32"'):
+        begin(trained, {**CONFIG, **new}, FIXED)
+    assert begin(trained, {**CONFIG, **new}, FIXED, at_defaults=["optim.moments"]) == []
 
 
 def test_values_that_touch_no_step_may_change_and_are_noted(trained) -> None:

@@ -20,6 +20,7 @@ from tone_runs import (
 
 from hebasr_jax.cli import main
 from hebasr_jax.config import model_config, read_config
+from hebasr_jax.errors import UserError
 from hebasr_jax.paths import flat, nested
 from hebasr_jax.run_folder import open_run
 from hebasr_jax.tiny import TINY, with_merges, write_tiny_model
@@ -59,6 +60,17 @@ def refused(capsys, *changes: str, extra: tuple[str, ...] = ()) -> str:
     assert len(told.splitlines()) <= 3, told
     assert not [path for path in Path("runs").rglob("*") if "partial" in path.name]
     return told
+
+
+def enough(*_: object) -> None:
+    """Ends a start where a test has seen what it wants to see."""
+    raise UserError("that is enough")
+
+
+def begun(*changes: str, accept: bool = False) -> None:
+    """Starts the run `cut` again, up to where a test ends it by `enough`."""
+    words = settings("name=cut", *QUIET, *changes)
+    assert main(["train", "--config", "config.py", *words, *["--accept-changes"] * accept]) == 1
 
 
 def reword(manifest: Path) -> None:
@@ -139,6 +151,37 @@ def test_the_checkpoint_of_another_model_is_refused(space, capsys) -> None:
     assert error[0].endswith("is the checkpoint of another model")
     assert "decoder/embed/embedding: float32[" in error[1]
     assert record() == kept
+
+
+def test_a_start_that_cannot_go_on_leaves_no_file_of_its_own_to_the_next(
+    space, monkeypatch
+) -> None:
+    """Else the old command would go on with the other model's tokenizer and not know it."""
+    tokenizer, env = Path("runs/cut/model/tokenizer.json"), Path("runs/cut/env.json")
+    kept, plan = tokenizer.read_bytes(), Path("runs/cut/plan.json").read_bytes()
+    shutil.copytree(space / "tiny", space / "other")
+    swap_letters(space / "other" / "tokenizer.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("hebasr_jax.train.start_or_resume", enough)
+        begun("model.path=other", accept=True)
+    assert tokenizer.read_bytes() != kept
+    assert Path("runs/cut/plan.json").read_bytes() == plan
+    monkeypatch.setattr("hebasr_jax.train.compile_programs", enough)
+    begun()
+    assert tokenizer.read_bytes() == kept
+    assert [start["changes"] for start in json.loads(env.read_text())["starts"]] == [[], []]
+
+
+def test_accepted_changes_are_recorded_and_gone_on_with(space, capsys, monkeypatch) -> None:
+    """Moments of another kind, too: they are cast as they are read."""
+    monkeypatch.setattr("hebasr_jax.train.compile_programs", enough)
+    told = refused(capsys, "name=cut", "optim.moments=bfloat16")
+    assert 'optim.moments: "float32" -> "bfloat16"' in told
+    begun("optim.moments=bfloat16", accept=True)
+    starts = json.loads(Path("runs/cut/env.json").read_text())["starts"]
+    assert starts[-1]["changes"] == ['optim.moments: "float32" -> "bfloat16"']
+    begun("optim.moments=bfloat16")
+    assert len(json.loads(Path("runs/cut/env.json").read_text())["starts"]) == 3
 
 
 def test_a_folder_is_one_runs_at_a_time(space, capsys) -> None:
