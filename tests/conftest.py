@@ -28,12 +28,14 @@ SHARED = Path(__file__).parents[2] / "shared"
 _ABSENT = {
     "gpu": jax.default_backend() != "gpu",
     "shared": not (SHARED / "qwen3-asr-1.7b").is_dir(),
+    "chromium": shutil.which("chromium") is None,
     "sctk": shutil.which("sctk") is None,
     "kaldialign": importlib.util.find_spec("kaldialign") is None,
 }
 _REASONS = {
     "gpu": "no GPU",
     "shared": "no ../shared",
+    "chromium": "no chromium (a Debian package)",
     "sctk": "no sctk (a Debian package)",
     "kaldialign": "no kaldialign (of PyPI)",
 }

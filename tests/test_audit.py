@@ -1,7 +1,6 @@
 """An audit finds what was planted in a made-up set, and its verdict can come out as stop."""
 
 import json
-import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,6 @@ RATE = 16_000
 CLIPS = 48
 LETTERS = "אבגדהוזחטיכלמנסעפצקרשת"
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "he_synth_espeak"
-CHROMIUM = shutil.which("chromium")
 
 
 def speech(number: int, seconds: float) -> np.ndarray:
@@ -342,7 +340,7 @@ def test_a_sample_has_each_stratum_in_proportion() -> None:
     assert stratified(clips, [5, 7], 90, seed=0) == [5, 7]
 
 
-def test_the_card_is_one_file_with_texts_from_the_right(everything, tmp_path) -> None:
+def test_the_card_is_one_file_with_texts_from_the_right(everything) -> None:
     _, out, _, _ = everything
     page = (out / "card.html").read_text(encoding="utf-8")
     assert 'dir="rtl"' in page
@@ -350,13 +348,16 @@ def test_the_card_is_one_file_with_texts_from_the_right(everything, tmp_path) ->
     assert "<script" not in page
     assert "src=" not in page
     assert "http:" not in page
-    if not CHROMIUM:
-        pytest.skip("no chromium to render the card with")
+
+
+@pytest.mark.chromium
+def test_the_card_is_drawn_by_a_browser(everything, tmp_path) -> None:
+    _, out, _, _ = everything
     shot = tmp_path / "card.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,3000"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     done = subprocess.run(
-        [CHROMIUM, *flags, profile, f"--screenshot={shot}", (out / "card.html").as_uri()],
+        ["chromium", *flags, profile, f"--screenshot={shot}", (out / "card.html").as_uri()],
         capture_output=True,
         timeout=60,
     )
@@ -364,10 +365,9 @@ def test_the_card_is_one_file_with_texts_from_the_right(everything, tmp_path) ->
     assert shot.stat().st_size > 20_000
 
 
+@pytest.mark.shared
 def test_synthetic_speech_is_not_taken_for_broken(tmp_path) -> None:
     """One voice, alike throughout: the copies found must be those that are there."""
-    if not (SHARED / "manifest.jsonl").is_file():
-        pytest.skip("shared/data/he_synth_espeak is not here")
     source = Source("espeak", str(SHARED / "manifest.jsonl"), split="dev")
     clip_set = open_source(source)
     audit = audit_set(clip_set, threads=2)

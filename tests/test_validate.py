@@ -172,7 +172,7 @@ def test_what_is_odd_of_the_data_is_told_when_a_run_starts(learned, tmp_path) ->
     said: list[str] = []
     loaded = load_config(learned.folder / "config.py")
     setup = replace(learned.setup, remarks=("warning: odd",))
-    begin(setup, tmp_path, loaded, said.append, accept_changes=False)
+    begin(setup, tmp_path, loaded, {}, said.append, accept_changes=False)
     assert said[0] == "warning: odd"
 
 
