@@ -18,6 +18,11 @@ ENVIRONMENT = {
 }
 
 
-def flags(devices: int) -> str:
-    """For a process with so many simulated devices."""
-    return f"{FLAGS} --xla_force_host_platform_device_count={devices}"
+def environment(devices: int) -> dict[str, str]:
+    """For a process with so many simulated devices.
+
+    NPROC is how many cores XLA believes in: with fewer threads than devices, jaxlib 0.11 waits for
+    ever where devices add up.
+    """
+    flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
+    return {"XLA_FLAGS": flags} | ({"NPROC": str(4 * devices)} if devices > 1 else {})

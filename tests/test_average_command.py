@@ -34,7 +34,8 @@ def made(tmp_path_factory) -> Path:
         [sys.executable, ROOT / "scripts" / "average.py", *words],
         cwd=folder,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": cpu_programs.flags(1)},
+        | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        | cpu_programs.environment(1),
         capture_output=True,
         text=True,
         timeout=300,

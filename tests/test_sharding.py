@@ -22,12 +22,11 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def found() -> dict:
     """Results of tests/eight_devices.py."""
-    flags = cpu_programs.flags(8)
     done = subprocess.run(
         [sys.executable, str(HERE / "eight_devices.py")],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
+        env=os.environ | {"PYTHONPATH": f"{HERE.parent}:{HERE}"} | cpu_programs.environment(8),
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,13 +73,13 @@ def test_matrices_are_gathered_in_bfloat16(found) -> None:
 
 
 def test_each_device_attends_to_its_own_rows_and_repeats_bit_for_bit(found) -> None:
-    """Of the encoder, and of the decoder's frozen and trained layers: once forwards, once back.
+    """Each attention once forwards, once back; of the encoder and of the decoder's two stacks.
 
     What is left to XLA to be spread over devices cannot be marked, and would end a step on GPUs.
     """
-    looped, unrolled = found["attentions"]
-    assert looped == {"forward": 3, "backward": 3, "marked": 3, "left to XLA": 0}
-    assert unrolled == looped  # each stack's layer is one function, called by each of its layers
+    for count in found["attentions"]:  # unrolled, some versions of JAX have each layer's own
+        assert count["forward"] == count["backward"] == count["marked"] >= 3
+        assert count["left to XLA"] == 0
 
 
 def test_every_parameter_has_one_row_of_the_table() -> None:

@@ -150,12 +150,12 @@ def start(
     """
     program = ["-m", "hebasr_jax"] if meddle is None else [TESTS / "meddled.py", json.dumps(meddle)]
     on_cpu = platform == "cpu"
-    flags = cpu_programs.flags(devices) if on_cpu else os.environ.get("XLA_FLAGS", "")
+    compiling = cpu_programs.environment(devices) if on_cpu else {}
     paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, *map(str, program), "train", "--config", str(config), *words],
         cwd=workspace,
-        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": platform, "XLA_FLAGS": flags},
+        env=os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": platform} | compiling,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
