@@ -205,7 +205,7 @@ class Bench:
     def _train(self, folder: Path) -> Iterator[dict[str, Any]]:
         from hebasr_jax.bench import train
         from hebasr_jax.bench.work import model_of
-        from hebasr_jax.run_config import Computation
+        from hebasr_jax.run_config import Computation, Optim
 
         compute = Computation(
             dtype=self.dtype,
@@ -225,7 +225,7 @@ class Bench:
             self.mix_audio_s,
             self.buckets,
             self.join_share,
-            self.moments,
+            Optim(moments=self.moments),
         )
         if "product" in self._parts():
             yield train.matrix_product()

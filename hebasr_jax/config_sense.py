@@ -56,6 +56,7 @@ def _check_names(config: Config) -> None:
 
 
 def _check_moments(optim: Optim) -> None:
+    """Refuses bfloat16 for a mean that it would let stand still."""
     for name in ("beta1", "beta2"):
         beta = getattr(optim, name)
         if optim.moments == "bfloat16" and beta > _LONGEST:

@@ -148,8 +148,8 @@ def was_trained(folder: Path) -> bool:
     return any(".partial" not in name for name in names)
 
 
-def is_laid_out_anew(folder: Path, *, accept_changes: bool) -> bool:
-    """Whether a start makes the run's own files anew: model files, list of bad clips.
+def prepare_layout(folder: Path, *, accept_changes: bool) -> bool:
+    """Tells whether a start makes the run's own files anew: model files, list of bad clips.
 
     A first start does, one that accepts changes, and one after a start that ended before it was
     recorded: what that one made may be of other settings than the record's. So it is noted here

@@ -32,8 +32,8 @@ from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
     changes_since,
-    is_laid_out_anew,
     open_run,
+    prepare_layout,
     record_start,
     write_json,
 )
@@ -72,7 +72,7 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
             stack.enter_context(open_run(folder))
         if config.compute.cache_dir:
             keep_programs(config.compute.cache_dir)
-        fresh = is_first() and is_laid_out_anew(folder, accept_changes=accept_changes)
+        fresh = is_first() and prepare_layout(folder, accept_changes=accept_changes)
         setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=fresh)
         facts = fixed_facts(setup)
         changes = begin(setup, folder, loaded, facts, say, accept_changes) if is_first() else []

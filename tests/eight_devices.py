@@ -7,14 +7,13 @@ import json
 import math
 import re
 from dataclasses import replace
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from reference import noise, tiny_folder
-from step_work import collectives
+from step_work import as_if_on_a_gpu, collectives
 from test_train_step import ALL, make_batch, make_step
 
 from hebasr_jax.distributed import place_rows, place_whole
@@ -83,11 +82,7 @@ def attentions(unroll: bool) -> dict[str, int]:
     stage = replace(ALL, decoder=Group(1e-3, trained_layers=2))
     compute = Compute(jnp.bfloat16, "cudnn", "dots", unroll)
     step, state = make_step(stage, mesh=make_mesh(8), compute=compute)
-    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
-    with (
-        mock.patch(f"{cudnn}.check_cudnn_version", return_value=91900),
-        mock.patch(f"{cudnn}.check_compute_capability", return_value=True),
-    ):
+    with as_if_on_a_gpu():
         traced = trace_step(step, state, BATCHES[0], None)
         module = traced.lower(lowering_platforms=("cuda",)).compiler_ir()
     mark_attention(module)

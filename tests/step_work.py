@@ -1,12 +1,26 @@
 """What a step asks of a device, read off its program: products by precision, and collectives."""
 
+import contextlib
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.extend import core
+
+
+@contextlib.contextmanager
+def as_if_on_a_gpu() -> Iterator[None]:
+    """JAX asks for cuDNN and its card before it lowers cuDNN's attention, also where none is."""
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    with (
+        mock.patch(f"{cudnn}.check_cudnn_version", return_value=91900),
+        mock.patch(f"{cudnn}.check_compute_capability", return_value=True),
+    ):
+        yield
 
 
 def products(jaxpr: Any, times: int = 1) -> Counter:

@@ -9,7 +9,9 @@ import pytest
 from configs.round2_5 import get_config as round2_5
 from hebasr_jax.bench import generate, work
 from hebasr_jax.cli import main
+from hebasr_jax.errors import UserError
 from hebasr_jax.model.layers import Compute
+from hebasr_jax.run_config import Optim
 from hebasr_jax.text import PromptStyle, build_prompt, load_tokenizer
 from hebasr_jax.throughput import work_of
 
@@ -78,6 +80,23 @@ def test_each_measurement_runs_and_prints_json(words, capsys, monkeypatch) -> No
     assert found["facts"]["command"].startswith(f"hebasr bench {words.split()[0]} --size tiny")
     assert found["facts"]["jax"]
     assert all(np.isfinite(x) for row in found["rows"] for x in row.values() if x != str(x))
+
+
+def test_the_optimiser_that_is_measured_is_the_one_asked_for(monkeypatch) -> None:
+    seen: list[str] = []
+
+    def note(optim: Optim, *rest: object) -> None:
+        seen.append(optim.moments)
+        raise UserError("that is enough")
+
+    at = "hebasr_jax.bench.train"
+    monkeypatch.setattr(f"{at}.against_plain_attention", lambda settings: {})
+    monkeypatch.setattr(f"{at}.make_optimizer", note)
+    monkeypatch.setattr(f"{at}.set_up", lambda config, *rest: note(config.optim))
+    for part in ("fixed", "mix"):
+        words = f"train --work {part} --moments bfloat16 --mix-audio-s 30 --steps 1 --size tiny"
+        assert main(["bench", *words.split()]) == 1
+    assert seen == ["bfloat16"] * 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from jax.extend.mlir import ir
 from reference import load_ours, load_torch, noise, tiny_folder, torch_inputs
+from step_work import as_if_on_a_gpu
 
 from hebasr_jax.data.clips import Batch
 from hebasr_jax.model.attention import attend
@@ -268,11 +269,8 @@ def test_bfloat16_steps_follow_float32_ones() -> None:
 
 
 @pytest.fixture
-def for_a_gpu(monkeypatch):
+def for_a_gpu():
     """Two layers of cuDNN attention and their gradients, lowered as where there is a GPU."""
-    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
-    monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda *version: 91900)
-    monkeypatch.setattr(f"{cudnn}.check_compute_capability", lambda *capability: True)
 
     def twice(x: jax.Array) -> jax.Array:
         lengths = jnp.full(len(x), 60, jnp.int32)
@@ -281,7 +279,8 @@ def for_a_gpu(monkeypatch):
         return x.astype(jnp.float32).sum()
 
     x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
-    return jax.jit(jax.grad(twice)).trace(x).lower(lowering_platforms=("cuda",))
+    with as_if_on_a_gpu():
+        return jax.jit(jax.grad(twice)).trace(x).lower(lowering_platforms=("cuda",))
 
 
 def test_a_program_is_compiled_with_all_backward_attentions_marked(monkeypatch, for_a_gpu) -> None:

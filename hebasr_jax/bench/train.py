@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from hebasr_jax.data.pipeline import stream
 from hebasr_jax.distributed import place_whole
 from hebasr_jax.model.asr import init_params
 from hebasr_jax.optim import make_optimizer, split, split_shapes
-from hebasr_jax.run_config import Computation, Config, Stage
+from hebasr_jax.run_config import Computation, Config, Optim, Stage
 from hebasr_jax.run_folder import StopSignal
 from hebasr_jax.run_setup import Setup, compile_steps, set_up, step_compute
 from hebasr_jax.running import Run, Trainee, tell_pending
@@ -56,7 +56,7 @@ class Settings:
     mix_audio_s: float
     buckets: int
     join_share: float = 0.0
-    moments: Literal["float32", "bfloat16"] = "float32"
+    optim: Optim = field(default_factory=Optim)
 
 
 def fixed(settings: Settings) -> Row:
@@ -242,15 +242,15 @@ def _open_mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> S
         config,
         data=replace(config.data, join_share=settings.join_share),
         train=replace(config.train, log_steps=settings.steps),
-        optim=replace(config.optim, moments=settings.moments),
+        optim=settings.optim,
     )
     return set_up(config, folder / "files", folder / "quarantine.jsonl")
 
 
 def _optimizer(settings: Settings) -> Any:
-    optim, stage = replace(Config().optim, moments=settings.moments), Stage()
+    stage = Stage()
     shapes = jax.eval_shape(partial(init_params, settings.model), jax.random.key(0))
-    return make_optimizer(optim, stage, split_shapes(shapes, stage)[0], 1000)
+    return make_optimizer(settings.optim, stage, split_shapes(shapes, stage)[0], 1000)
 
 
 def _speeds(done: Work, step_s: float, devices: int) -> Row:
