@@ -12,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.update(cpu_programs.ENVIRONMENT | os.environ)
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("XLA_FLAGS", cpu_programs.FLAGS)
+else:  # tests start commands on the same GPUs: take memory as it is needed, as much as a run does
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
 
 import hypothesis
 import jax
