@@ -118,7 +118,9 @@ def speed_ratio(speed: float) -> Fraction:
 def perturbed_samples(samples: Count, speed: float) -> Count:
     """floor(samples / speed), exactly: the samples of a clip after speed perturbation."""
     ratio = speed_ratio(speed)
-    return samples * ratio.denominator // ratio.numerator
+    whole, rest = samples // ratio.numerator, samples % ratio.numerator
+    # samples * denominator would pass 2^31 for 20 minutes at 1.01.
+    return whole * ratio.denominator + rest * ratio.denominator // ratio.numerator
 
 
 def load_noise(path: str | None) -> np.ndarray | None:

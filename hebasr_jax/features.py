@@ -55,7 +55,7 @@ def log_mel(
 
     Args:
       wave_BS: int16 samples, or floats in [-1, 1], at 16 kHz; S is at least 160.
-      samples_B: valid samples of each row; what lies behind them is never read.
+      samples_B: valid samples of each row, at most S; what lies behind them is never read.
       mel_bins: number of mel filters.
 
     Returns:

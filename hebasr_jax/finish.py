@@ -169,12 +169,12 @@ def final_facts(setup: Setup, choice: Choice, test: Mapping[str, Any], key: str)
         "base_model": base.source if base.revision else Path(base.source).name,
         "base_revision": base.revision,
         "stamped_clips": sum(bool(clip.segments) for s in setup.sets for clip in s.clips),
-        "data": _data(setup),
+        "data": trained_on(setup),
     }
 
 
-def _data(setup: Setup) -> dict[str, Any]:
-    """The sets that any stage trains on, with the clips that it can use."""
+def trained_on(setup: Setup) -> dict[str, Any]:
+    """The sets that any stage trains on, with revision, licence and the clips that it can use."""
     sources = {source.name: filled(source) for source in setup.config.data.train}
     opened = {clip_set.name: clip_set.clips for clip_set in setup.sets}
     rows: dict[str, Any] = {}

@@ -53,7 +53,7 @@ class Slots:
     prompt_R: decoder positions of its prompt, audio included.
     token_R: its newest token, not yet fed to the decoder.
     length_R: tokens it has, the newest included; the end token is not kept.
-    budget_R: most tokens it may have, at most G.
+    budget_R: most tokens it may draw, an end token among them; at most G.
     running_R: it goes on. A row that never was filled does not run.
     finished_R: it ended by itself. False once it stands still: its budget ran out.
     tokens_RG, logprobs_RG: what it wrote, and the log-probability of each token under the

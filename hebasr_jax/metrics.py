@@ -33,8 +33,9 @@ def normalize_ivrit(text: str) -> str:
     `[...]` and then `(...)` deleted, NFKC, every mark, symbol and punctuation sign becomes a
     space, and white space one space. White space around the text is dropped.
 
-    Defined for every string. Doing it twice changes nothing, for its output holds no mark, sign,
-    bracket or capital. It is not a map of words: text inside an open bracket goes up to the
+    Defined for every string. Doing it twice changes nothing, for its output holds no sign, bracket
+    or capital, nor a mark (but where lower-casing makes one, as of a composed capital I with dot).
+    It is not a map of words: text inside an open bracket goes up to the
     next closing one of either kind, and a Hebrew gershayim splits a word that `"` would join.
     """
     text = _DELETED.sub("", text).lower()

@@ -6,6 +6,7 @@ ones trained. `split` makes the two trees, `join` undoes it; the next stage may 
 its own updates (its age), so that one that joins later has its own warm-up and bias correction.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,10 +89,10 @@ def split(params: Tree, stage: Stage) -> tuple[Tree, Tree]:
 
 def join(trained: Tree, frozen: Tree) -> Tree:
     """The whole tree of the two parts; inverse of `split`, in the trained part's dtype."""
-    above, below = flat(trained), flat(frozen)
+    first, last = flat(frozen), flat(trained)
     joined = {}
-    for path in sorted(above | below):
-        parts = [part[path] for part in (below, above) if path in part]
+    for path in sorted(first | last):
+        parts = [part[path] for part in (first, last) if path in part]
         dtype = parts[-1].dtype
         joined[path] = jnp.concatenate([p.astype(dtype) for p in parts]) if parts[1:] else parts[0]
     return nested(joined)
@@ -230,7 +231,7 @@ def group_rates(moments: Any, config: Optim, stage: Stage, steps: int) -> dict[s
 
 
 def carry_over(fresh: Any, old: Any, *, new_schedule: bool = False) -> Any:
-    """An optimiser's state for the next stage: what was trained before keeps its moments and age.
+    """An optimiser's state for the next stage: what the last one trained keeps its moments and age.
 
     Args:
       fresh: the state that the new optimiser begins with; what is trained anew stays as it is.
@@ -277,8 +278,8 @@ def measured_rates(
     """The rate of each trained tensor, or layer of a stack, in an optimiser's first update.
 
     The optimiser that a stage runs with takes a step on small tensors of the same names, whose
-    weights are 0: Adam moves them by the rate itself. Muon's are left out, which it moves by about
-    a fifth of it.
+    weights are 0. Adam moves them by g / (g + epsilon) of the rate, g being what clipping leaves of
+    a gradient of ones. Muon's are left out, which it moves by about a fifth of it.
     """
     trained = flat(split_shapes(params, stage)[0])
     shapes = {
@@ -292,8 +293,11 @@ def measured_rates(
         zeros = jax.tree.map(jnp.zeros_like, grads)
         return optimizer.update(grads, optimizer.init(zeros), zeros)[0]
 
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    grad = min(1.0, config.clip_norm / math.sqrt(numbers))
+    whole = -grad / (grad + config.epsilon)
     return {
-        path: -np.asarray(update, np.float64).reshape(len(update), -1)[:, 0]
+        path: np.asarray(update, np.float64).reshape(len(update), -1)[:, 0] / whole
         for path, update in flat(first_update(ones)).items()
         if _kind(path, trained[path], config) != "muon"
     }

@@ -212,7 +212,7 @@ def place_tree(tree: Params, mesh: Mesh) -> Params:
 
 
 def step_for(setup: Setup, part: Part, bucket: Bucket) -> Step:
-    """The step of a stage's bucket, cut into micro-batches that fit `compute.micro_audio_s`."""
+    """The step of a stage's bucket, cut into micro-batches that fit `data.micro_audio_s`."""
     config, devices = setup.config, setup.mesh.size
     if bucket.rows % devices:
         raise UserError(

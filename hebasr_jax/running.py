@@ -40,8 +40,11 @@ class Trainee:
     @property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds besides the state: the stage, and the next batch in it."""
-        place = {"epoch": self.epoch, "batch": self.batch}
-        return {"stage": self.stage, "data": place, "skipped": self.window.skipped}
+        place, in_row = (
+            {"epoch": self.epoch, "batch": self.batch},
+            {"skipped_row": self.skipped_row},
+        )
+        return {"stage": self.stage, "data": place, "skipped": self.window.skipped, **in_row}
 
 
 @dataclass(frozen=True, eq=False)

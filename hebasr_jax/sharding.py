@@ -6,6 +6,7 @@ The rows of TABLE name the axis of a leaf that is cut; a leaf that the devices d
 there is kept whole on each of them.
 """
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ TABLE: tuple[tuple[str, int | None], ...] = (
 
 
 def make_mesh(devices: int | None = None, cut_over: int | None = None) -> Mesh:
-    """A mesh of the first `devices` devices of all hosts; None takes all.
+    """A mesh of the first `devices` devices of all hosts, as many of each; None takes all.
 
     Auto axes: cuDNN attention is not supported under Explicit ones, `make_mesh`'s default.
 
@@ -46,6 +47,13 @@ def make_mesh(devices: int | None = None, cut_over: int | None = None) -> Mesh:
             "give fewer, or None for all",
         )
     taken = np.asarray(there[:devices])
+    on_process = Counter(d.process_index for d in taken)
+    if len(on_process) < jax.process_count() or len(set(on_process.values())) > 1:
+        raise UserError(
+            f"compute.devices = {devices} leaves {jax.process_count()} processes unequal parts",
+            "each reads an equal part of a batch",
+            "give None for all devices, or start fewer processes",
+        )
     if cut_over is not None and (cut_over < 1 or taken.size % cut_over):
         raise UserError(
             f"compute.cut_over = {cut_over} does not divide {taken.size} devices",

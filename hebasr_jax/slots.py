@@ -43,7 +43,7 @@ class Utterance:
     """What is to be decoded.
 
     wave_S: mono float32 in [-1, 1] or int16 samples at 16 kHz, at least one mel frame (160).
-    budget: most new tokens, the end token not counted; at least 1.
+    budget: most tokens that are drawn, an end token among them; at least 1.
     temperature, seed: 0 is greedy; above, tokens are drawn, and the draws follow from the seed.
     """
 

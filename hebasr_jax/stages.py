@@ -148,8 +148,9 @@ def state_shapes(part: Part, shapes: Params, mesh: Mesh) -> TrainState:
 def enter(state: TrainState, part: Part, shapes: Params, mesh: Mesh) -> TrainState:
     """The state with which a stage begins, from the one that the stage before it ended with.
 
-    Weights are the same bits, cut anew. Moments and ages are carried over for what was trained
-    before; what is trained from now on starts at zero, with a warm-up of its own.
+    Weights are the same bits, cut anew. Moments and ages are carried over for what that stage
+    trained; the rest starts at zero, with a warm-up of its own, also where an earlier stage trained
+    it.
     """
 
     def recut(state: TrainState) -> TrainState:

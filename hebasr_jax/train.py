@@ -23,7 +23,7 @@ from hebasr_jax.data.pipeline import Item, stream
 from hebasr_jax.data.plan import Bucket, plan_table
 from hebasr_jax.distributed import any_host, is_first, local_rows, place_rows
 from hebasr_jax.errors import UserError
-from hebasr_jax.finish import asked_for, finish, repository
+from hebasr_jax.finish import asked_for, finish, repository, trained_on
 from hebasr_jax.optim import join, rate_table
 from hebasr_jax.program_cache import keep_programs
 from hebasr_jax.rate_tables import stage_lines
@@ -84,7 +84,8 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         trainee = start_or_resume(setup, store, say)
         if is_first():  # only now: a start that cannot go on leaves the last one's record
             write_json(folder / "plan.json", plan_tables(setup))
-            record_start(folder, dump(loaded), facts, changes)
+            about = {"data": trained_on(setup)}
+            record_start(folder, dump(loaded), facts, changes, about=about)
         if is_first() and not trainee.step:
             put_aside(folder, say)
         resumed = trainee.step or None
@@ -203,7 +204,13 @@ def start_or_resume(setup: Setup, store: CheckpointStore, say: Say) -> Trainee:
     if not part.first <= restored.step <= part.last:
         raise _other_stages(restored.step, part)
     return Trainee(
-        restored.state, restored.step, facts["stage"], place["epoch"], place["batch"], window
+        restored.state,
+        restored.step,
+        facts["stage"],
+        place["epoch"],
+        place["batch"],
+        window,
+        skipped_row=facts.get("skipped_row", 0),
     )
 
 

@@ -120,13 +120,14 @@ def test_each_row_has_its_own_speed_and_1_is_the_input() -> None:
 
 
 def test_lengths_are_the_floor_of_the_quotient() -> None:
-    speeds = (0.9, 1.1, 0.5, 2.0, 0.97, 1.03, 4 / 3)
-    samples = np.asarray([0, 1, 2, 10, 11, 12, 89, 90, 479999, 480000, 960000])
+    """Also of 22 minutes, whose product with a denominator is more than an int32 holds."""
+    speeds = (0.9, 1.1, 0.5, 2.0, 0.97, 1.03, 4 / 3, 1.01)
+    samples = np.asarray([0, 1, 2, 10, 11, 12, 89, 90, 479999, 480000, 960000, 1347 * 16000])
     for speed in speeds:
         ratio = Fraction(speed).limit_denominator(100)
         expected = [n * ratio.denominator // ratio.numerator for n in samples.tolist()]
         assert perturbed_samples(samples, speed).tolist() == expected
-        assert perturbed_samples(jnp.asarray(samples), speed).tolist() == expected
+        assert jax.jit(perturbed_samples, static_argnums=1)(samples, speed).tolist() == expected
         assert [perturbed_samples(n, speed) for n in samples.tolist()] == expected
     pairs = [(n, speed) for speed in speeds for n in (0, 1, 2, 11, 399, 400)]
     waves = [hiss(n) for n, _ in pairs]

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from step_work import products
 
 from hebasr_jax.bench import work
@@ -18,6 +19,7 @@ from hebasr_jax.data.pipeline import make_feed
 from hebasr_jax.data.plan import plan_table
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.model.asr import init_params
+from hebasr_jax.model.encoder import Encoder
 from hebasr_jax.model.layers import Compute
 from hebasr_jax.optim import make_optimizer, split
 from hebasr_jax.run_config import Config, Data, Optim, Stage
@@ -28,6 +30,19 @@ from hebasr_jax.train_step import Step, init_state, train_step
 
 BUDGET = json.loads(Path(__file__).with_name("step_budget.json").read_text())
 MODEL, ROWS = work.model_of("1.7b"), 32
+
+
+def test_no_constant_of_the_encoders_program_grows_with_the_audio() -> None:
+    """The position rows did: 68 MB in the program of a clip of 20 minutes."""
+    encoder = nnx.eval_shape(lambda: Encoder(MODEL.encoder, Compute(), nnx.Rngs(0)))
+    definition, params = nnx.split(encoder)
+
+    def program(seconds: int) -> str:
+        mel_BTM = jax.ShapeDtypeStruct((1, 100 * seconds, MODEL.encoder.mel_bins), jnp.float32)
+        stem = jax.jit(lambda params, mel_BTM: nnx.merge(definition, params).stem(mel_BTM))
+        return stem.lower(params, mel_BTM).as_text()
+
+    assert len(program(300)) < 1.1 * len(program(30))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,17 @@ def test_every_clip_once_in_a_row_that_holds_it(table, data, seed, epoch) -> Non
     partial = [n for n in range(len(plan)) if len(plan.batch(n)) < plan.bucket(n).rows]
     assert len(partial) <= 1
     assert all(plan.bucket(number) == buckets[-1] for number in partial)
+
+
+def test_a_clip_of_twenty_minutes_among_short_ones_does_not_hold_up_the_shapes() -> None:
+    """It did, for half a minute: every pair of 1,200 seconds was tried."""
+    lengths = [*np.random.default_rng(0).uniform(1.0, 30.0, 400).tolist(), 1200.0]
+    table = make_table({"long": (lengths, None)})
+    start = time.process_time()
+    buckets = choose_buckets(table, Data(batch_clips=8, buckets=4), Augment(), 0)
+    assert time.process_time() - start < 3
+    assert [b.audio_s for b in buckets][-1] == 1200
+    assert buckets[-2].audio_s <= 30
 
 
 def listed(plan) -> list:

@@ -163,6 +163,7 @@ def test_what_may_change_is_in_the_config_and_spares_the_schedule() -> None:
         assert any(re.fullmatch(pattern, path) for path in every), pattern
         assert set(re.findall(r"\w+", pattern)) <= parts, pattern
     free = set(filter(run_folder.free_to_change, every))
+    assert {"data.micro_audio_s", "compute.devices"} <= free  # another machine's
     lasting = {"seed", "train.steps", "compute.dtype", "data.batch_clips", "data.train.0.path"}
     lasting |= {"stages.0.epochs", "stages.0.decoder.learning_rate", "text.stamp_share"}
     assert lasting | {"validation.max_clips", "optim.warmup_steps"} <= every - free

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cpu_programs
 import jax
@@ -99,6 +100,18 @@ def test_moments_are_known_by_the_parameter_that_ends_their_path() -> None:
 def test_devices_that_are_not_there_are_refused() -> None:
     with pytest.raises(UserError, match=r"compute\.devices = 99"):
         make_mesh(99)
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_processes_take_equal_parts(monkeypatch, devices) -> None:
+    """Two of four devices on each: the first two or three would leave a process fewer, or none."""
+    two_hosts = [SimpleNamespace(process_index=n // 2, device_kind="made up") for n in range(4)]
+    monkeypatch.setattr(jax, "devices", lambda: two_hosts)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        UserError, match=rf"compute\.devices = {devices} leaves 2 processes unequal"
+    ):
+        make_mesh(devices)
 
 
 def test_copies_are_of_equal_size() -> None:

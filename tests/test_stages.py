@@ -155,6 +155,14 @@ def test_measured_rates_are_those_of_the_table(stage, matrices) -> None:
             assert row.group not in measured
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "clip_norm"), [(1e-4, 1.0), (1.0, 1.0), (1e-6, 0.03), (1e-8, 1e-9)]
+)
+def test_rates_are_measured_whatever_clipping_and_epsilon_do(epsilon, clip_norm) -> None:
+    measured = checked_rates(part(WIDE, epsilon=epsilon, clip_norm=clip_norm), SHAPES)
+    assert measured["decoder"] == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_an_optimiser_with_other_rates_than_the_table_is_found() -> None:
     """Bug 2 of the project before: the optimiser of another stage went on."""
     wide = part(WIDE)

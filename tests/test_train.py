@@ -89,6 +89,14 @@ def test_the_losses_are_the_golden_ones(whole) -> None:
     assert golden[-1] < golden[0] / 2
 
 
+def test_each_start_is_recorded_with_the_data_that_it_read(whole) -> None:
+    for start in json.loads((whole / "env.json").read_text())["starts"]:
+        (row,) = start["data"].values()
+        assert row["revision"].startswith("what was read has fingerprint ")
+        assert row["clips"] > 0
+        assert "licence" in row
+
+
 def test_every_step_is_told_once_with_plausible_rates(whole) -> None:
     lines = [line for line in read_metrics(whole / "metrics.jsonl") if line["kind"] == "train"]
     assert [line["step"] for line in lines] == sorted({*range(3, 31, 3), 8, 10, 16, 20, 24})

@@ -321,6 +321,9 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(space) -
     for path, leaf in start.items():
         assert np.array_equal(state[f"trained/{path}"], leaf, equal_nan=True), path
     assert all(not np.any(leaf) for name, leaf in state.items() if name.startswith("moments"))
+    told = train(space, *settings(*changes), code=1)  # a stop does not begin the count anew
+    assert "going on from step 3" in told
+    assert "error: 4 steps in a row had no finite gradient" in told
 
 
 def test_a_disk_that_fills_up_is_told_and_old_checkpoints_stay(space) -> None:

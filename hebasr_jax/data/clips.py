@@ -118,7 +118,7 @@ class Batch:
     wave_BS: int16 samples at 16 kHz, before speed perturbation.
     samples_B: int32, valid samples of each row; 0 marks a row that only fills the batch.
     speed_B: float32, speed factor of each row.
-    seed_B2: uint32, two words from (seed, epoch, id); every draw in the step comes from them.
+    seed_B2: uint32, two words from (seed, visit, id); every draw in the step comes from them.
     text_BX, text_lengths_B, audio_at_B: int32, as in `model.asr.Inputs`.
     in_loss_BX: bool, tokens that the model is to write.
     """

@@ -103,9 +103,9 @@ class Rows:
     tokens_R: np.ndarray
 
 
-def row_words(seed: int, epoch: int, clip_id: str) -> np.ndarray:
-    """Two uint32 words: the source of all randomness in the step for one clip in one epoch."""
-    return np.frombuffer(_digest(seed, epoch, clip_id)[:8], "<u4").astype(np.uint32)
+def row_words(seed: int, visit: int, clip_id: str) -> np.ndarray:
+    """Two uint32 words: the source of all randomness in the step for one clip's n-th visit."""
+    return np.frombuffer(_digest(seed, visit, clip_id)[:8], "<u4").astype(np.uint32)
 
 
 def clip_key(set_name: str, clip_id: str) -> int:

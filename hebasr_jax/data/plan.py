@@ -221,26 +221,28 @@ def _shapes(rows_ST: np.ndarray, count: int, quantile: float) -> list[Limit]:
 
     A shape serves the rows of (a, b] seconds with b seconds and the quantile of their texts.
     """
-    longest = len(rows_ST) - 1
-    below_ST = rows_ST.cumsum(0).cumsum(1)
-    text_AB = np.zeros((longest + 1, longest + 1), np.int64)
-    cost_AB = np.full((longest + 1, longest + 1), np.inf)
-    for a, b in itertools.combinations(range(longest + 1), 2):
-        between_T = below_ST[b] - below_ST[a]
+    # Only seconds that occur: one clip of 20 minutes makes 720,000 pairs of all of them.
+    end_E = np.union1d([0, len(rows_ST) - 1], np.flatnonzero(rows_ST.any(1)))
+    ends = len(end_E)
+    below_ET = rows_ST.cumsum(0)[end_E].cumsum(1)
+    text_AB = np.zeros((ends, ends), np.int64)
+    cost_AB = np.full((ends, ends), np.inf)
+    for a, b in itertools.combinations(range(ends), 2):
+        between_T = below_ET[b] - below_ET[a]
         rows = between_T[-1]
         text_AB[a, b] = np.searchsorted(between_T, math.ceil(quantile * rows))
-        cost_AB[a, b] = rows * (AUDIO_TOKENS_PER_S * b + text_AB[a, b])
-    # cost_KB[k, b]: the least that rows up to b seconds cost with k shapes.
-    cost_KB = np.full((count + 1, longest + 1), np.inf)
+        cost_AB[a, b] = rows * (AUDIO_TOKENS_PER_S * end_E[b] + text_AB[a, b])
+    # cost_KB[k, b]: the least that rows up to the b-th end cost with k shapes.
+    cost_KB = np.full((count + 1, ends), np.inf)
     cost_KB[0, 0] = 0.0
-    start_KB = np.zeros((count + 1, longest + 1), np.int64)
+    start_KB = np.zeros((count + 1, ends), np.int64)
     for k in range(1, count + 1):
         total_AB = cost_KB[k - 1][:, None] + cost_AB
         cost_KB[k], start_KB[k] = total_AB.min(0), total_AB.argmin(0)
-    shapes, b = [], longest
-    for k in range(int(cost_KB[:, longest].argmin()), 0, -1):
+    shapes, b = [], ends - 1
+    for k in range(int(cost_KB[:, b].argmin()), 0, -1):
         a = int(start_KB[k, b])
-        shapes.append(Limit(b, int(text_AB[a, b])))
+        shapes.append(Limit(int(end_E[b]), int(text_AB[a, b])))
         b = a
     return shapes[::-1]
 

@@ -76,12 +76,13 @@ class Asr(nnx.Module):
         enter a loss.
         """
         hidden_BLD = self.hidden(inputs)
-        text = inputs.text_BX.shape[1]
-        next_BL = jnp.roll(_sources(inputs, hidden_BLD.shape[1] - text), -1, axis=1)
-        last_B1 = text + audio_tokens(inputs.frames_B)[:, None] - 1
-        told_BL = (next_BL < text) & (jnp.arange(hidden_BLD.shape[1]) < last_B1)
+        length, text = hidden_BLD.shape[1], inputs.text_BX.shape[1]
         before_BX = jnp.maximum(text_positions(inputs) - 1, 0)
-        return rearrange_rows(hidden_BLD, before_BX, jnp.where(told_BL, next_BL, -1))
+        # Which token each position predicts, if any; behind the row's end the last one repeats.
+        next_BL = jnp.pad(_sources(inputs, length - text)[:, 1:], ((0, 0), (0, 1)))
+        end_B1 = text + audio_tokens(inputs.frames_B)[:, None]
+        is_text_BL = (next_BL < text) & (jnp.arange(1, length + 1) < end_B1)
+        return rearrange_rows(hidden_BLD, before_BX, jnp.where(is_text_BL, next_BL, -1))
 
 
 def text_positions(inputs: Inputs) -> Int[Array, "B X"]:
@@ -106,6 +107,7 @@ def _join(text_BXD: Array, audio_BAD: Array, inputs: Inputs) -> Float[Array, "B 
 def _sources(inputs: Inputs, audio: int) -> Int[Array, "B L"]:
     """For each decoder position its text token, or X plus its audio token.
 
+    t0 t1 a0 a1 a2 t2 t3: with X = 4 these are 0 1 4 5 6 2 3, and t2 is predicted where a2 stands.
     Behind a row's end the text's padding follows, its last token again and again.
     """
     text = inputs.text_BX.shape[1]

@@ -76,9 +76,9 @@ class Encoder(nnx.Module):
         x = mel_BTM.astype(self.compute.dtype).reshape(clips * chunks, CHUNK_FRAMES, bins, 1)
         for conv in (self.conv1, self.conv2, self.conv3):
             x = gelu(convolve(conv, x))
-        x_BAD = self.conv_out(x.reshape(clips, chunks * CHUNK_TOKENS, -1))
-        rows = jnp.asarray(np.tile(sinusoids(self.config.width), (chunks, 1)), x_BAD.dtype)
-        return x_BAD + rows
+        x = self.conv_out(x.reshape(clips * chunks, CHUNK_TOKENS, -1))
+        x += jnp.asarray(sinusoids(self.config.width), x.dtype)  # the same rows each second
+        return x.reshape(clips, chunks * CHUNK_TOKENS, -1)
 
 
 def sinusoids(width: int) -> np.ndarray:

@@ -24,7 +24,7 @@ class Compute:
     """How a model computes; what it computes is in `ModelConfig`.
 
     dtype: of activations and of the weights as they enter a product.
-    kernel: attention kernel of the encoder's windows and of the decoder's full rows.
+    kernel: attention kernel of encoder windows, full rows of the decoder and cached decoding.
     remat: what the backward pass of a layer recomputes: nothing, all but the outputs of weight
       products and of attention, or the whole layer.
     unroll: layers follow each other in the program instead of in a loop, which copies weights and
