@@ -149,7 +149,7 @@ def ablate(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> i
         config,
         runs_dir=str(folder),
         data=replace(config.data, test=scored),
-        export=replace(config.export, layouts=()),
+        export=replace(config.export, layouts=(), upload=False),
     )
     runs = variants(base)
     for number, (name, variant) in enumerate(runs.items(), start=1):

@@ -207,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(
                 "this is a fault of hebasr or of the machine: run again with --debug and report it"
             )
+        _end_one_of_several()
         return 1
 
 
@@ -228,6 +229,15 @@ def _end_interrupted() -> NoReturn:
     """Ends the process at once: Python's own way out crashes while XLA still compiles."""
     _say("interrupted")
     os._exit(_INTERRUPTED)
+
+
+def _end_one_of_several() -> None:
+    """Ends a process that others wait for at once: JAX's way out waits five minutes for them."""
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def _speak_utf8() -> None:

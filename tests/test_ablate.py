@@ -87,6 +87,7 @@ def test_an_ablation_from_end_to_end(tmp_path_factory, monkeypatch, capsys) -> N
     """Same seed, same steps; what only follows the training is not trained again."""
     space = make_workspace(tmp_path_factory.getbasetemp(), "ablation")
     monkeypatch.chdir(space)
+    monkeypatch.setenv("HF_REPO_ID", "some/one")  # nothing of an ablation is uploaded
     words = settings(
         "name=few",
         "train.steps=6",

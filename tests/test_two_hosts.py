@@ -4,6 +4,7 @@ Of the fifth batch one clip makes the loss NaN: with two hosts only the second o
 """
 
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,6 +96,25 @@ def test_a_signal_to_one_host_stops_both_with_a_checkpoint(told) -> None:
     assert "SIGTERM" in told.second
     assert "SIGTERM" not in told.first
     assert f"going on from step {told.stopped}" in told.again
+
+
+def test_an_error_of_one_host_ends_both(told) -> None:
+    """The other one waited five minutes for it, with the GPUs of both."""
+    hosts, port = [], free_port()
+    began = time.monotonic()
+    for number in (0, 1):
+        words = ("--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(number))
+        other = settings(*CHANGES, "name=two", "seed=5")
+        hosts.append(start(told.space, *other, *words))
+    first = end(hosts[0], 1)
+    assert "was trained with other settings" in first
+    assert "Shutdown barrier" not in first
+    try:
+        hosts[1].communicate(timeout=120)
+    finally:
+        hosts[1].kill()
+    assert hosts[1].returncode != 0
+    assert time.monotonic() - began < 150
 
 
 def test_only_the_first_host_speaks(told) -> None:
