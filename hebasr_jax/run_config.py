@@ -124,7 +124,7 @@ class Data:
     """an epoch lasts until no set has an undrawn clip (`all_exhausted` of Hugging Face datasets),
     as far as max_repeats allows; else it draws as many clips as the sets have together"""
     max_bad_share: float = 0.01
-    """share of clips that may be bad before the run stops; each process counts those that it met"""
+    """share of clips that may be bad before the run stops"""
     threads: int = 8
     """threads that decode audio"""
     prefetch_batches: int = 4

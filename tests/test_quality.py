@@ -48,6 +48,17 @@ def test_a_clip_counts_once_whatever_the_threads(tmp_path) -> None:
     assert len(ids) == len(_lines(tmp_path / "q.jsonl")) == 200
 
 
+def test_processes_that_share_the_file_count_together(tmp_path) -> None:
+    first, second = (Quarantine(tmp_path / "q.jsonl", 0.02, 200) for _ in range(2))
+    for number in range(2):
+        first.add("a", str(number), "no such file")
+        second.add("b", str(number), "is cut")
+    second.add("a", "0", "no such file")
+    assert len(_lines(tmp_path / "q.jsonl")) == 4
+    with pytest.raises(UserError, match="5 of 200"):
+        first.add("a", "2", "is cut")
+
+
 def test_one_more_than_the_limit_stops_the_run_with_the_top_reasons(tmp_path) -> None:
     quarantine = Quarantine(tmp_path / "q.jsonl", 0.02, 200)
     for number in range(3):

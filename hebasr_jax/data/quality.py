@@ -23,16 +23,18 @@ def top_reasons(reasons: Iterable[str], most: int = 3) -> str:
 class Quarantine:
     """The bad clips of a run, one JSON line each, and the limit on their number.
 
-    Thread-safe. Clips already in the file, from before a resume, count as well and are not written
-    again. Clips left out for their length are not bad and do not belong here.
+    Thread-safe; processes that share the file count together. Clips already in it, from before a
+    resume, count as well and are not written again. Clips left out for their length are not bad
+    and do not belong here.
     """
 
     def __init__(self, path: Path, limit_share: float, total: int) -> None:
         """A file that may exist; the share of `total` clips, bad ones included, that may be bad."""
         self._path, self._limit, self._total = path, limit_share * total, total
         self._lock = threading.Lock()
-        self._reasons = {(row["set"], row["id"]): row["reason"] for row in _rows(path)}
-        self._written = True
+        self._reasons: dict[tuple[str, str], str] = {}
+        self._read_to, self._written = 0, True
+        self._read_on()
 
     def __len__(self) -> int:
         """Distinct bad clips."""
@@ -70,11 +72,23 @@ class Quarantine:
         }
         with self._lock:
             if (set_name, clip_id) not in self._reasons:
+                self._read_on()
+            if (set_name, clip_id) not in self._reasons:
                 self._reasons[set_name, clip_id] = reason
                 if not elsewhere:
                     self._append(row)
             if len(self._reasons) > self._limit:
                 raise self._too_many()
+
+    def _read_on(self) -> None:
+        """Counts what other processes of the run have put into the file since the last time."""
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            file.seek(self._read_to)
+            lines = file.read()
+            whole = lines[: lines.rfind(b"\n") + 1]
+            self._read_to += len(whole)
+            rows = _rows(whole.splitlines())
+            self._reasons |= {(row["set"], row["id"]): row["reason"] for row in rows}
 
     def _append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
@@ -98,9 +112,8 @@ class Quarantine:
         )
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a quarantine file; what a killed process left half-written is passed."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
+def _rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Lines of a quarantine file; what a killed process left half-written is passed."""
     for line in lines:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
