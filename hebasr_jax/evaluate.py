@@ -133,8 +133,9 @@ def run_sets(
         "published": published_rates(),
     }
     failed = []
-    if read_json(out / "results.json").get("model", {}).get("key") != key:
-        (out / "compare.json").unlink(missing_ok=True)  # of another system
+    same = read_json(out / "results.json").get("model", {}).get("key") == key
+    if not same or read_json(out / "compare.json").get("style") != settings.style:
+        (out / "compare.json").unlink(missing_ok=True)  # of another system, or of other texts
     for one in sets:
         try:
             _decode_once(system, one, out / one.name, settings, key, overwrite, say)

@@ -65,7 +65,10 @@ class Evaluate:
     """resamples of the confidence intervals"""
 
     def run(self) -> int:
-        if self.compare and self.model is None:
+        if self.compare and self.model is not None:
+            do = f"hebasr evaluate {self.model} --out C ..., then hebasr evaluate --compare A C"
+            raise UserError("--compare is of folders that are there, without a MODEL", do=do)
+        if self.compare:
             return self._compare(*self.compare, self.out or self.compare[0])
         if self.model is None or self.out is None:
             do = "hebasr evaluate MODEL --sets eval-d1 --out DIR, or --compare A B"

@@ -104,10 +104,10 @@ def _headline(results: Numbers, sets: Mapping[str, Numbers]) -> str:
     note = (
         "<p>WER: errors over all reference words of a set, both sides normalised as by ivrit.ai "
         "(substituted ≠, left out −, added +). The interval is a bootstrap by recording where "
-        "recordings are known, by clip elsewhere. Missing: clips that could not be decoded; over "
-        "1 % of them a set has no headline. Empty: nothing was written though something was said. "
-        "Unfinished: the budget of tokens was met, and text may be missing. RTFx: seconds of audio "
-        "decoded in a second.</p>"
+        "those are known, else by speaker, else by clip. Missing: clips that could not be decoded; "
+        "over 1 % of them a set has no headline. Empty: nothing was written though something was "
+        "said. Unfinished: the budget of tokens was met, and text may be missing. RTFx: seconds of "
+        "audio decoded in a second.</p>"
     )
     return f'{_tiles(results, sets)}<div class="tight">{table_of(names, rows)}</div>{note}'
 

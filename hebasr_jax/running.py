@@ -39,12 +39,13 @@ class Trainee:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint holds besides the state: the stage, and the next batch in it."""
-        place, in_row = (
-            {"epoch": self.epoch, "batch": self.batch},
-            {"skipped_row": self.skipped_row},
-        )
-        return {"stage": self.stage, "data": place, "skipped": self.window.skipped, **in_row}
+        """What a checkpoint holds besides the state: the stage, its next batch, skipped steps."""
+        return {
+            "stage": self.stage,
+            "data": {"epoch": self.epoch, "batch": self.batch},
+            "skipped": self.window.skipped,
+            "skipped_row": self.skipped_row,
+        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -253,6 +253,9 @@ def test_two_folders_are_compared_clip_by_clip(evaluate, tiny, tmp_path, capsys)
     assert pair["difference"] == pair["wer_first"] > 0
     assert f"{100 * pair['wer_first']:.1f} %" in table
     assert main(["evaluate", "--compare", "b", "out", "--out", "c"]) == 0
+    assert main(["evaluate", str(tiny), "--out", "d", "--compare", "b", "out"]) == 1
+    assert "--compare is of folders" in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
     turned = json.loads((tmp_path / "c" / "compare.json").read_text(encoding="utf-8"))
     assert turned["sets"]["kan"]["difference"] == -pair["difference"]
     capsys.readouterr()
@@ -263,6 +266,10 @@ def test_two_folders_are_compared_clip_by_clip(evaluate, tiny, tmp_path, capsys)
         write_hypotheses(path, changed)
         assert main(["evaluate", "--compare", "out", "b"]) == 1
         assert why in capsys.readouterr().err
+    evaluate()
+    assert (tmp_path / "out" / "compare.json").exists()
+    evaluate("--no-style")  # its page would show two rates of the first
+    assert not (tmp_path / "out" / "compare.json").exists()
     assert main(["evaluate", "--compare", "out", "none"]) == 1
     assert "none: holds no results" in capsys.readouterr().err
 

@@ -62,7 +62,7 @@ def test_a_set_that_another_system_began_is_not_kept(tmp_path, monkeypatch, wher
 def test_a_comparison_goes_with_the_texts_it_was_made_of(tmp_path) -> None:
     path, out = manifest(tmp_path, "one"), tmp_path / "out"
     run(says("one"), path, out)
-    (out / "compare.json").write_text("{}")
+    (out / "compare.json").write_text('{"style": true}')
     run(says("one"), path, out)
     assert (out / "compare.json").exists()
     run(says("two"), path, out)
