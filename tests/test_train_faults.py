@@ -324,6 +324,8 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_the_run(space) -
     told = train(space, *settings(*changes), code=1)  # a stop does not begin the count anew
     assert "going on from step 3" in told
     assert "error: 4 steps in a row had no finite gradient" in told
+    lines = read_metrics(Path("runs/new/metrics.jsonl"))
+    assert max(line["step"] for line in lines if line["kind"] == "skipped") == 4
 
 
 def test_a_disk_that_fills_up_is_told_and_old_checkpoints_stay(space) -> None:
