@@ -21,8 +21,9 @@ from hebasr_jax.errors import UserError
 from hebasr_jax.finish import FINAL
 from hebasr_jax.metrics import normalize_ivrit, paired_interval, word_errors
 from hebasr_jax.optim import GROUP_NAMES
+from hebasr_jax.run_changes import free_to_change
 from hebasr_jax.run_config import Config, Group, Stage
-from hebasr_jax.run_folder import free_to_change, read_json, was_trained, write_json
+from hebasr_jax.run_folder import read_json, was_trained, write_json
 from hebasr_jax.tracking import interval, percent
 from hebasr_jax.train import train
 

@@ -20,7 +20,8 @@ from hebasr_jax.distributed import any_host, is_first
 from hebasr_jax.errors import UserError
 from hebasr_jax.members import Member, Say
 from hebasr_jax.paths import Tree, flat
-from hebasr_jax.run_folder import differences, read_json, write_json
+from hebasr_jax.run_changes import differences
+from hebasr_jax.run_folder import read_json, write_json
 
 Row = dict[str, Any]
 

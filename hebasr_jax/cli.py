@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hebasr_jax.config_file import LoadedConfig
 
 _INTERRUPTED, _READER_GONE = 130, 141  # as shells count signals: 128 + SIGINT, + SIGPIPE
+_LAST_WORDS_S = 1.0
 _ABOUT = "Hebrew speech recognition with Qwen3-ASR in JAX"
 
 
@@ -232,11 +234,15 @@ def _end_interrupted() -> NoReturn:
 
 
 def _end_one_of_several() -> None:
-    """Ends a process that others wait for at once: JAX's way out waits five minutes for them."""
+    """Ends a process that others wait for at once: JAX's way out waits five minutes for them.
+
+    The first one's end is that of all, so it leaves the others a moment to tell a common error.
+    """
     jax = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(0 if jax.process_index() else _LAST_WORDS_S)
         os._exit(1)
 
 

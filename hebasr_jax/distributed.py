@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +13,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hebasr_jax.errors import UserError
+
+T = TypeVar("T")
 
 MEMORY_SHARE = "0.93"  # of each GPU; JAX's own 0.75 leaves 20 GB of an 80-GB card unused
 START_TIMEOUT_S = 1800  # a large job's nodes come up minutes apart
@@ -148,9 +150,19 @@ def from_all_hosts(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(every, sizes, strict=True)]
 
 
-def on_first(action: Callable[[], None], name: str) -> None:
-    """Runs `action` on the first host while the others wait."""
+def on_first(action: Callable[[], T]) -> T | None:
+    """Runs `action` on the first host while the others wait; what it gave there, None elsewhere.
+
+    Raises:
+      UserError: the first host's, on all: else the others would wait, or tell an error of theirs.
+    """
+    given, error = None, None
     if is_first():
-        action()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        try:
+            given = action()
+        except UserError as fault:
+            error = fault
+    told = from_all_hosts(str(error) if error else "")[0]
+    if told:
+        raise error or UserError(told)
+    return given

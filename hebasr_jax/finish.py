@@ -71,7 +71,7 @@ def finish(run: Run) -> None:
     """All that the config asks for after the last step; what is there from before is kept."""
     setup, folder = run.setup, run.folder
     run.stop.leave_at_once("what is done is kept, and the same command goes on")
-    on_first(partial(_sweep, folder), "sweep")
+    on_first(partial(_sweep, folder))
     choice = choose(run)
     key = weights_key(choice.params)
     test = score_tests(run, choice, key)
@@ -87,7 +87,7 @@ def finish(run: Run) -> None:
         export_all(run, choice, facts)
         publish(run, facts)
 
-    on_first(write, "finish")  # an early exit of the other hosts would end this one
+    on_first(write)  # an early exit of the other hosts would end this one
 
 
 def choose(run: Run) -> Choice:

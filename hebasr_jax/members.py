@@ -1,7 +1,6 @@
 """Which checkpoints are averaged, and with what weights."""
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,8 @@ from typing import Literal
 
 from hebasr_jax.checkpoint import find_fault
 from hebasr_jax.errors import UserError
-from hebasr_jax.run_folder import differences, read_json
+from hebasr_jax.run_changes import differences, validated_on
+from hebasr_jax.run_folder import read_json
 
 Say = Callable[[str], None]
 Figure = Literal["loss", "wer"]
@@ -180,18 +180,10 @@ def _refuse_other_models(runs: Sequence[Path]) -> None:
 def _refuse_other_dev_sets(runs: Sequence[Path]) -> None:
     """Refuses to rank figures of different dev sets against each other."""
 
-    def scored_on(run: Path) -> dict[str, str]:
-        config, data = (read_json(run / name) for name in ("config.json", "env.json"))
-        fixed = data.get("fixed", {}).get("data", {})
-        values = {at: entry.get("value") for at, entry in config.items()}
-        names = [v for at, v in values.items() if re.fullmatch(r"data\.dev\.\d+\.name", at)]
-        most = {"clips at most": str(values.get("validation.max_clips"))}
-        return {str(name): str(fixed.get(name)) for name in names} | most
-
     for run in runs[1:]:
-        if changed := list(differences(scored_on(runs[0]), scored_on(run)).values()):
+        if changed := list(differences(validated_on(runs[0]), validated_on(run)).values()):
             raise UserError(
                 f"the checkpoints of {runs[0]} and {run} cannot be ranked together",
-                f"their dev sets differ: {changed[0]}",
+                f"their validations differ: {changed[0]}",
                 "name the checkpoints to average, such as RUN/checkpoints/STEP",
             )

@@ -98,7 +98,7 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
         if not files.exists():
             copy_model_files(source.path, files, model, stamps)
 
-    on_first(lay_out, "model files")
+    on_first(lay_out)
     _, _, _, tokenizer = open_model(str(files))
     if not config.data.train:
         raise UserError("there is nothing to train on", "data.train names no set")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.config import CHUNK_FRAMES, CHUNK_TOKENS, ModelConfig
 from hebasr_jax.data.clips import Batch
+from hebasr_jax.distributed import from_all_hosts
 from hebasr_jax.features import frame_count
 from hebasr_jax.flops import train_flops
 from hebasr_jax.model.encoder import audio_tokens
@@ -51,9 +52,8 @@ def work_of(batch: Batch, audio_s: int, model: ModelConfig) -> Work:
 
 @dataclass
 class Window:
-    """The steps since the last line. `hosts` scales this host's part up to the whole."""
+    """The steps since the last line, as far as this host worked on them. `devices`: of all."""
 
-    hosts: int
     devices: int
     losses: list[float] = field(default_factory=list)
     grad_norm: float = 0.0
@@ -68,9 +68,15 @@ class Window:
         self.waited_s, self.paused_s, self.began_s = 0.0, 0.0, time.perf_counter()
 
     def line(self, step: int, steps: int, epoch: float, rates: Mapping[str, float]) -> dict:
-        """The line of metrics.jsonl for the steps since the last one; begins the next window."""
+        """The line of metrics.jsonl for the steps since the last one; begins the next window.
+
+        All hosts call it: work is that of all, the wait and the memory those of the worst.
+        """
         taken_s = max(time.perf_counter() - self.began_s - self.paused_s, 1e-9)
-        sums = {name: sum(getattr(w, name) for w in self.work) for name in Work.__annotations__}
+        names = [entry.name for entry in fields(Work)]
+        own = {name: sum(getattr(w, name) for w in self.work) for name in names}
+        hosts = from_all_hosts([own, self.waited_s, peak_bytes()])
+        work = {name: sum(sums[name] for sums, _, _ in hosts) for name in names}
         finite = [loss for loss in self.losses if np.isfinite(loss)]
         told = {
             "kind": "train",
@@ -81,13 +87,13 @@ class Window:
             "losses": list(self.losses),
             "grad_norm": self.grad_norm,
             "rates": dict(rates),
-            "audio_s_per_s": sums["audio_s"] * self.hosts / taken_s,
-            "tflops": sums["flops"] * self.hosts / taken_s / self.devices / 1e12,
-            "padding_audio": 1 - sums["frames"] / max(sums["frames_computed"], 1),
-            "padding_text": 1 - sums["positions"] / max(sums["positions_computed"], 1),
-            "data_wait_share": self.waited_s / taken_s,
+            "audio_s_per_s": work["audio_s"] / taken_s,
+            "tflops": work["flops"] / taken_s / self.devices / 1e12,
+            "padding_audio": 1 - work["frames"] / max(work["frames_computed"], 1),
+            "padding_text": 1 - work["positions"] / max(work["positions_computed"], 1),
+            "data_wait_share": max(waited_s for _, waited_s, _ in hosts) / taken_s,
             "skipped": self.skipped,
-            "memory_bytes": peak_bytes(),
+            "memory_bytes": max((peak for _, _, peak in hosts if peak), default=None),
         }
         self.losses, self.work = [], []
         self.restart()

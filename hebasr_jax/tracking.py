@@ -11,8 +11,8 @@ kind "train", every `log_steps` steps, about the steps since the line before:
   audio_s_per_s (of rows without padding; gaps between joined clips count), tflops (useful, per
   second and device),
   padding_audio, padding_text (shares of encoder frames and decoder positions), data_wait_share
-  (of the time), skipped (steps without a finite gradient since the run began), memory_bytes (peak
-  of one device).
+  (of the time, of the process that waited most), skipped (steps without a finite gradient since
+  the run began), memory_bytes (peak of one device, of the process with most).
 kind "validation", with the weights after `step` steps (0: before training):
   step, sets {name: {loss, wer, ci95 [low, high], cer, cer_ci95, hits, substitutions, deletions,
   insertions, words, clips, empty, left_out, samples [{id, group, reference, hypothesis}]}}: what
@@ -89,12 +89,15 @@ def put_aside(folder: Path, say: Callable[[str], None]) -> None:
         return
     say(f"{folder} was trained but has no checkpoint: it begins again at step 0")
     for name in ("metrics.jsonl", "best.json"):
-        if (folder / name).exists():
-            kept = next(
-                path for n in range(1, 1000) if not (path := folder / f"{name}.{n}").exists()
-            )
-            (folder / name).rename(kept)
-            say(f"the old record is {kept}")
+        set_aside(folder / name, say)
+
+
+def set_aside(file: Path, say: Callable[[str], None]) -> None:
+    """Renames a record, if it is there, to the first free `<name>.1`, `<name>.2`, ..."""
+    if file.exists():
+        numbered = (file.with_name(f"{file.name}.{n}") for n in range(1, 1000))
+        kept = file.rename(next(path for path in numbered if not path.exists()))
+        say(f"the old record is {kept}")
 
 
 def describe(line: Line) -> str:

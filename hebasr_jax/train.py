@@ -15,15 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.checkpoint import CheckpointStore
-from hebasr_jax.config_file import LoadedConfig, at_defaults, dump
+from hebasr_jax.config_file import LoadedConfig, dump
 from hebasr_jax.data.clips import Batch
 from hebasr_jax.data.pipeline import Item, stream
-from hebasr_jax.data.plan import Bucket, plan_table
-from hebasr_jax.distributed import any_host, is_first, local_rows, place_rows
+from hebasr_jax.data.plan import Bucket
+from hebasr_jax.distributed import any_host, is_first, local_rows, on_first, place_rows
 from hebasr_jax.errors import UserError
-from hebasr_jax.finish import asked_for, finish, repository, trained_on
+from hebasr_jax.finish import asked_for, finish, repository
 from hebasr_jax.optim import join, rate_table
 from hebasr_jax.program_cache import keep_programs
 from hebasr_jax.rate_tables import stage_lines
@@ -31,19 +30,18 @@ from hebasr_jax.report import write_report
 from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
-    changes_since,
     open_run,
     prepare_layout,
-    record_start,
-    write_json,
+    read_json,
 )
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up
+from hebasr_jax.run_start import Start, check, record
 from hebasr_jax.running import Run, Say, Trainee, tell, tell_pending
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
 from hebasr_jax.sinks import check_sinks, open_sinks
 from hebasr_jax.stages import Part, checked_rates, enter, state_shapes
 from hebasr_jax.throughput import Window, work_of
-from hebasr_jax.tracking import MetricsLog, put_aside, read_metrics, training_display
+from hebasr_jax.tracking import read_metrics, training_display
 from hebasr_jax.train_step import TrainState, cast
 from hebasr_jax.upload import has_token
 from hebasr_jax.validate import DevSet, load_dev_sets, validate
@@ -68,28 +66,22 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         check_sinks(config.tracking.sinks)
         if (repo := repository(config)) and not has_token():
             say(f"warning: {repo}: no token; set HF_TOKEN or `hf auth login` before the end")
-        if is_first():
-            stack.enter_context(open_run(folder))
+        on_first(lambda: stack.enter_context(open_run(folder)))
         if config.compute.cache_dir:
             keep_programs(config.compute.cache_dir)
-        fresh = is_first() and prepare_layout(folder, accept_changes=accept_changes)
-        setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=fresh)
-        facts = fixed_facts(setup)
-        changes = begin(setup, folder, loaded, facts, say, accept_changes) if is_first() else []
+        fresh = on_first(lambda: prepare_layout(folder, accept_changes=accept_changes))
+        setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=bool(fresh))
+        start = Start(loaded, folder, setup, fixed_facts(setup), say)
+        changes = on_first(lambda: check(start, accept_changes=accept_changes))
         store = stack.enter_context(
             CheckpointStore(
                 folder, keep_last=config.train.keep_last, keep_best=config.train.keep_best, warn=say
             )
         )
         trainee = start_or_resume(setup, store, say)
-        if is_first():  # only now: a start that cannot go on leaves the last one's record
-            write_json(folder / "plan.json", plan_tables(setup))
-            about = {"data": trained_on(setup)}
-            record_start(folder, dump(loaded), facts, changes, about=about)
-        if is_first() and not trainee.step:
-            put_aside(folder, say)
         resumed = trainee.step or None
-        log = MetricsLog(folder / "metrics.jsonl", resumed) if is_first() else None
+        # Only now: a start that cannot go on leaves the last one's record.
+        log = on_first(lambda: record(start, changes or [], resumed))
         show, send = display(stack, setup.steps), tracker(stack, loaded, folder, resumed, say)
         run = Run(setup, folder, store, stop, log, show, send, say)
         run.programs.update(compile_programs(setup, trainee, say))
@@ -128,36 +120,6 @@ def tracker(
     )
 
 
-def begin(
-    setup: Setup,
-    folder: Path,
-    loaded: LoadedConfig,
-    facts: Mapping[str, Any],
-    say: Say,
-    accept_changes: bool,
-) -> list[str]:
-    """Checks that a resumed run is what it was; says, and returns, what changed since."""
-    changes = changes_since(
-        folder,
-        dump(loaded),
-        facts,
-        at_defaults=at_defaults(loaded.config),
-        accept_changes=accept_changes,
-    )
-    for line in changes:
-        say(f"changed since the last start: {line}")
-    for line in dict.fromkeys(x for part in setup.parts for x in part.feed.targets.warnings()):
-        say(f"warning: {line}")
-    for line in setup.remarks:
-        say(line)
-    for name, reasons in setup.left_out.items():
-        for reason, count in reasons.items():
-            say(f"{name}: {count} clips left out: {reason}")
-    if len(setup.quarantine):
-        say(f"{len(setup.quarantine)} clips cannot be used; see {folder / 'quarantine.jsonl'}")
-    return changes
-
-
 def dev_sets_of(setup: Setup, say: Say) -> list[DevSet]:
     """The dev sets in memory; says which of their clips no score will know of."""
     dev_sets = load_dev_sets(
@@ -169,23 +131,9 @@ def dev_sets_of(setup: Setup, say: Say) -> list[DevSet]:
     return dev_sets
 
 
-def plan_tables(setup: Setup) -> dict[str, Any]:
-    """Each stage's first epoch, and all clips by length, for the report."""
-    tables: dict[str, Any] = {}
-    for part in setup.parts:
-        found = plan_table(part.feed.table, part.feed.plan(0), setup.config.data)
-        of = f" of stage {part.stage.name}" if len(setup.parts) > 1 else ""
-        tables |= {f"{name}{of}": found[name] for name in ("buckets", "sets")}
-        tables[f"rows with{of}"] = part.feed.targets.table()
-    samples_C = np.concatenate([part.feed.table.samples_C for part in setup.parts])
-    counts, edges = np.histogram(samples_C / SAMPLE_RATE, bins=40)
-    histogram = {"edges_s": edges.tolist(), "counts": counts.tolist()}
-    return tables | {"left_out": setup.left_out, "duration_histogram": histogram}
-
-
 def start_or_resume(setup: Setup, store: CheckpointStore, say: Say) -> Trainee:
     """The newest whole checkpoint, or the loaded model; never the latter where there is one."""
-    window = Window(jax.process_count(), setup.mesh.size)
+    window = Window(setup.mesh.size)
 
     def shapes(facts: Mapping[str, Any]) -> TrainState:
         if facts["stage"] >= len(setup.parts):
@@ -366,9 +314,17 @@ def mean_of(scores: Mapping[str, Any], name: str) -> float:
 
 
 def validated(run: Run, step: int) -> bool:
-    """Whether metrics.jsonl has the validation of this step, from before a resume."""
-    lines = read_metrics(run.folder / "metrics.jsonl") if is_first() else []
-    return any_host(any(x["kind"] == "validation" and x["step"] == step for x in lines))
+    """Whether this step was validated before a resume, on the dev data of now.
+
+    That of step 0 is in no ranking, and never asked for again: a run without a step begins anew.
+    """
+
+    def found() -> bool:
+        lines = read_metrics(run.folder / "metrics.jsonl")
+        told = any(line["kind"] == "validation" and line["step"] == step for line in lines)
+        return told and str(step) in read_json(run.store.best)
+
+    return any_host(is_first() and found())
 
 
 def whole_weights(setup: Setup, state: TrainState) -> Any:

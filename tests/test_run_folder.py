@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from hebasr_jax import run_folder
+from hebasr_jax import run_changes, run_folder
 from hebasr_jax.errors import UserError
+from hebasr_jax.run_changes import changes_since
 from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
-    changes_since,
     commit,
     open_run,
     read_json,
@@ -159,10 +159,10 @@ def test_what_may_change_is_in_the_config_and_spares_the_schedule() -> None:
     sets = (Source("a", "a.jsonl"),)
     every = set(flatten(Config(data=Data(train=sets, dev=sets, test=sets))))
     parts = {part for path in every for part in path.split(".")}
-    for pattern in run_folder.MAY_CHANGE:
+    for pattern in run_changes.MAY_CHANGE:
         assert any(re.fullmatch(pattern, path) for path in every), pattern
         assert set(re.findall(r"\w+", pattern)) <= parts, pattern
-    free = set(filter(run_folder.free_to_change, every))
+    free = set(filter(run_changes.free_to_change, every))
     assert {"data.micro_audio_s", "compute.devices"} <= free  # another machine's
     lasting = {"seed", "train.steps", "compute.dtype", "data.batch_clips", "data.train.0.path"}
     lasting |= {"stages.0.epochs", "stages.0.decoder.learning_rate", "text.stamp_share"}

@@ -21,7 +21,7 @@ LEVELS = [
     {"config", "audio", "timestamps", "hub", "model", "tensor_file", "run_config", "field_types"},
     {"identity", "benchmark_sets", "program_cache", "sharding", "config_sense"},
     {"features", "text", "model.attention", "config_file", "run_folder", "tracking", "metrics"},
-    {"silence", "subtitles"},
+    {"silence", "subtitles", "run_changes"},
     {"card", "upload", "page", "hypotheses", "significance"},
     {"scoring"},
     {
@@ -79,6 +79,7 @@ LEVELS = [
     },
     {"audit_command"},
     {"finish"},
+    {"run_start"},
     {"train", "demo"},
     {"ablate", "bench", "bench.figures"},
     {"bench.work", "bench.trace"},

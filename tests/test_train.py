@@ -1,6 +1,7 @@
 """The train command: a run that is stopped and killed ends, bit for bit, as one that never was."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -146,3 +147,27 @@ def test_exactly_the_tensors_that_are_trained_change(space, whole) -> None:
             assert moved_L == [False, False, True], path
         else:
             assert any(moved_L), path
+
+
+def test_other_dev_data_ranks_checkpoints_anew(space, whole, monkeypatch, capsys) -> None:
+    """Figures of before stood beside new ones, by which worse weights could be exported."""
+    monkeypatch.chdir(space)
+    monkeypatch.setattr("hebasr_jax.train.compile_programs", lambda *_: {})
+    run = space / "runs" / "judged"
+    shutil.copytree(whole, run)
+    old = (run / "best.json").read_bytes()
+
+    def go(*words: str) -> str:
+        few = settings("name=judged", "validation.max_clips=6")
+        assert main(["train", "--config", "config.py", *few, *words]) == 0
+        return capsys.readouterr().err
+
+    assert "checkpoints are ranked anew" in go("--accept-changes")
+    assert (run / "best.json.1").read_bytes() == old
+    last = validations(run)[-1]
+    assert [line["step"] for line in validations(run)] == [0, 10, 20, 30, 30]
+    assert last["sets"]["held"]["clips"] == 6
+    figures = {name: last["sets"]["held"][name] for name in ("loss", "wer")}
+    assert json.loads((run / "best.json").read_text()) == {"30": figures}
+    assert "anew" not in go()
+    assert len(validations(run)) == 5

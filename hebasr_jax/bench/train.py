@@ -174,7 +174,7 @@ def mix(settings: Settings, folder: Path, say: Callable[[str], None]) -> Row:
             say,
             programs,
         )
-        trainee = Trainee(state, 0, 0, 0, 0, Window(1, setup.mesh.size))
+        trainee = Trainee(state, 0, 0, 0, 0, Window(setup.mesh.size))
         drop_from_cache(folder / "shards")
         with stream(part.feed, epochs=1 << 20) as batches:
             for _ in range(settings.steps):

@@ -1,0 +1,90 @@
+"""A start of a run: what changed since the last one, and what is written down of this one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hebasr_jax.audio import SAMPLE_RATE
+from hebasr_jax.config_file import LoadedConfig, at_defaults, dump
+from hebasr_jax.data.plan import plan_table
+from hebasr_jax.finish import trained_on
+from hebasr_jax.run_changes import changes_since, scored_on, validated_on
+from hebasr_jax.run_folder import record_start, write_json
+from hebasr_jax.run_setup import Setup
+from hebasr_jax.running import Say
+from hebasr_jax.tracking import MetricsLog, put_aside, set_aside
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a start goes by. `facts`: what must be as it was, besides the config."""
+
+    loaded: LoadedConfig
+    folder: Path
+    setup: Setup
+    facts: Mapping[str, Any]
+    say: Say
+
+
+def check(start: Start, *, accept_changes: bool) -> list[str]:
+    """Checks that a resumed run is what it was; says, and returns, what changed since."""
+    setup, say = start.setup, start.say
+    changes = changes_since(
+        start.folder,
+        dump(start.loaded),
+        start.facts,
+        at_defaults=at_defaults(start.loaded.config),
+        accept_changes=accept_changes,
+    )
+    for line in changes:
+        say(f"changed since the last start: {line}")
+    for line in dict.fromkeys(x for part in setup.parts for x in part.feed.targets.warnings()):
+        say(f"warning: {line}")
+    for line in setup.remarks:
+        say(line)
+    for name, reasons in setup.left_out.items():
+        for reason, count in reasons.items():
+            say(f"{name}: {count} clips left out: {reason}")
+    if len(setup.quarantine):
+        say(
+            f"{len(setup.quarantine)} clips cannot be used; see {start.folder / 'quarantine.jsonl'}"
+        )
+    return changes
+
+
+def record(start: Start, changes: Sequence[str], resumed: int | None) -> MetricsLog:
+    """Writes down a start that will go on; its metrics.jsonl.
+
+    Records that no longer hold are kept under other names: all of a run that left no checkpoint,
+    and best.json where validations are of other data than before.
+
+    Args:
+      changes: what `check` gave.
+      resumed: the step that the run goes on from; None: it begins.
+    """
+    folder, config = start.folder, dump(start.loaded)
+    write_json(folder / "plan.json", plan_tables(start.setup))
+    if resumed is None:
+        put_aside(folder, start.say)
+    elif validated_on(folder) != scored_on(config, start.facts):
+        start.say("validations are of other data than before: checkpoints are ranked anew")
+        set_aside(folder / "best.json", start.say)
+    record_start(folder, config, start.facts, changes, about={"data": trained_on(start.setup)})
+    return MetricsLog(folder / "metrics.jsonl", resumed)
+
+
+def plan_tables(setup: Setup) -> dict[str, Any]:
+    """Each stage's first epoch, and all clips by length, for the report."""
+    tables: dict[str, Any] = {}
+    for part in setup.parts:
+        found = plan_table(part.feed.table, part.feed.plan(0), setup.config.data)
+        of = f" of stage {part.stage.name}" if len(setup.parts) > 1 else ""
+        tables |= {f"{name}{of}": found[name] for name in ("buckets", "sets")}
+        tables[f"rows with{of}"] = part.feed.targets.table()
+    samples_C = np.concatenate([part.feed.table.samples_C for part in setup.parts])
+    counts, edges = np.histogram(samples_C / SAMPLE_RATE, bins=40)
+    histogram = {"edges_s": edges.tolist(), "counts": counts.tolist()}
+    return tables | {"left_out": setup.left_out, "duration_histogram": histogram}
