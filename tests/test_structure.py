@@ -115,6 +115,16 @@ def test_imports_point_one_way() -> None:
             assert level[imported] < level[_name(path)], f"{_name(path)} imports {imported}"
 
 
+@pytest.mark.parametrize("package", ["", "data"])
+def test_a_package_has_a_map_that_names_each_module(package) -> None:
+    """Its docstring: who adds a module says what it is for."""
+    folder = ROOT / "hebasr_jax" / package
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    modules = {path.stem for path in folder.glob("*.py") if path.stem != "__init__"}
+    packages = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+    assert (modules | packages) <= set(re.findall(r"[\w/]+", text))
+
+
 def test_the_package_knows_neither_scripts_nor_configs_nor_torch() -> None:
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
