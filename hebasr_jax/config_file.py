@@ -89,7 +89,6 @@ class LoadedConfig:
 @dataclass(frozen=True)
 class _Leaf:
     value: Any
-    hint: Any
     default: Any
 
 
@@ -100,7 +99,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
       path: a Python file. Its folder's name is importable while it runs, so that a file in
         configs/ may begin with `from configs.base import get_config as base`.
       overrides: `a.b=c`, later ones winning; c is read as the field's type asks, and elements of
-        tuples of dataclasses are counted from 0: `data.train.0.path=x`.
+        tuples of dataclasses are counted from 0: `data.train.0.path=x`; `data.dev=()` has none.
 
     Raises:
       UserError: the file fails, or a value is unknown, of a wrong type, out of range or not finite.
@@ -114,12 +113,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         at, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"--set {override} sets nothing", do="write --set train.steps=10")
-        if at not in values:
+        if text == "()" and _is_filled(at, values):
+            for below in [name for name in values if name.startswith(f"{at}.")]:
+                del values[below], origins[below]
+        elif at not in values:
             raise _unknown(at, values)
         try:
-            values[at], origins[at] = parse(text, leaves[at].hint), SET
+            values[at], origins[at] = parse(text, _hint(at)), SET
         except (TypeError, ValueError):
-            raise _mistyped(at, text, leaves[at].hint) from None
+            raise _mistyped(at, text, _hint(at)) from None
     return LoadedConfig(_build(values), origins)
 
 
@@ -244,7 +246,7 @@ def _nearest(name: str, owner: Any) -> tuple[str, str]:
 
 
 def _leaves(node: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, _Leaf]]:
-    """Values below a dataclass, with their paths, types and defaults.
+    """Values below a dataclass, with their paths and defaults.
 
     `default` is what the parent's default holds here: `Optim().decoder` is no default `Group()`.
     """
@@ -256,15 +258,23 @@ def _leaves(node: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, _L
             _check_type(value, hint, at)
             yield from _leaves(value, below, f"{at}.")
         elif (kind := element(hint)) is None:
-            yield at, _Leaf(value, hint, below)
+            yield at, _Leaf(value, below)
         else:
             if not isinstance(value, tuple):
                 raise _mistyped(at, value, hint)
             if not value:
-                yield at, _Leaf(value, hint, below)
+                yield at, _Leaf(value, below)
             for index, item in enumerate(value):
                 _check_type(item, kind, f"{at}.{index}")
                 yield from _leaves(item, None, f"{at}.{index}.")
+
+
+def _hint(at: str) -> Any:
+    """The type of a field of the config, by its path."""
+    hint: Any = Config
+    for name in at.split("."):
+        hint = element(hint) if name.isdecimal() else typing.get_type_hints(hint)[name]
+    return hint
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -336,12 +346,22 @@ def _unknown(at: str, values: Mapping[str, Any]) -> UserError:
     here = ".".join(parts[:depth])
     fields = f"fields {f'of {here} ' if here else ''}are {', '.join(names)}"
     if depth == len(parts):
-        return UserError(f"{at} is a group of fields", fields, f"set one: {at}.{names[0]}=...")
+        first = next(path for path in values if path.startswith(f"{at}."))
+        empty = f", or {at}=() for none" if _is_filled(at, values) else ""
+        return UserError(f"{at} is a group of fields", fields, f"set one: {first}=...{empty}")
+    if (held := ".".join(parts[: depth + 1])) in values:
+        do = "give its elements in the config file" if values[held] == () else ""
+        return UserError(f"the config has no field {at}", f"{held} is {values[held]!r:.80}", do)
     near = difflib.get_close_matches(parts[depth], names, 1)
     likely = [".".join([*parts[:depth], name, *parts[depth + 1 :]]) for name in near]
     likely += [path for path in values if path.split(".")[-1] == parts[-1]]
     do = f"did you mean {likely[0]}?" if likely else ""
     return UserError(f"the config has no field {at}", fields, do)
+
+
+def _is_filled(at: str, values: Mapping[str, Any]) -> bool:
+    """Whether a path is that of a tuple of dataclasses with an element."""
+    return bool(_below([*at.split("."), "0"], values))
 
 
 def _below(parts: list[str], values: Mapping[str, Any]) -> list[str]:

@@ -51,7 +51,7 @@ def parse(text: str, hint: Any) -> Any:
     if kind is types.UnionType:
         (inner,) = (option for option in kinds if option is not type(None))
         return None if text == "None" else parse(text, inner)
-    if kind is tuple and element(hint) is None:
+    if kind is tuple and (element(hint) is None or text == "()"):
         parts = [part.strip() for part in text.strip("() ").split(",") if part.strip()]
         return typed(tuple(parse(part, kinds[0]) for part in parts), hint)
     if hint is bool:
@@ -67,7 +67,7 @@ def words(hint: Any) -> str:
     if kind is types.UnionType:
         return " or ".join(map(words, kinds))
     if dataclass := element(hint):
-        return f"a tuple of {dataclass.__name__}(...)"
+        return f"a tuple of {dataclass.__name__}(...), or () for none"
     if kind is tuple and (names := typing.get_args(kinds[0])):
         return f"a tuple of {' and '.join(names)}"
     if kind is tuple:

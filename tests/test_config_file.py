@@ -115,6 +115,8 @@ def test_origins_of_sets(tmp_path) -> None:
         ("augment.noise_snr_db=-5,20", (-5.0, 20.0)),
         ("data.train.1.path=x", "x"),
         ("data.train.1.share=None", None),
+        ("data.train=()", ()),
+        ("data.dev=()", ()),
     ],
 )
 def test_values_are_read_by_the_type_of_their_field(tmp_path, override, expected) -> None:
@@ -149,6 +151,8 @@ def test_the_last_override_wins_and_pairs_are_judged_together(tmp_path) -> None:
             "stages.0.decoder=1",
             ["a group of fields", "set one: stages.0.decoder.learning_rate=..."],
         ),
+        ("data.train=x", ["set one: data.train.0.name=..., or data.train=() for none"]),
+        ("data.dev.0.path=x", ["data.dev is ()", "in the config file"]),
         ("data.train.2.path=x", ["no field data.train.2.path", "of data.train are 0, 1"]),
         ("seed.x=1", ["no field seed.x"]),
         ("seed=1.5", ["seed = '1.5'", "a whole number, such as 8"]),
