@@ -21,7 +21,7 @@ OPTIONS = {"language": "he", "beam_size": 5}
 _FILES = ("model.bin", "*.json", "*.txt")  # CTranslate2's own format, no pickle
 
 
-def load_control(source: str, *, revision: str | None = None) -> System:
+def load_control(source: str) -> System:
     """A folder or hub id such as ivrit-ai/whisper-large-v3-ct2, for `evaluate.run_sets`.
 
     Each piece is recognised on its own, by beam search with the fallback to higher temperatures.
@@ -32,7 +32,7 @@ def load_control(source: str, *, revision: str | None = None) -> System:
     except ImportError as error:
         do = "Install it: pip install 'hebasr-jax[control]'."
         raise UserError(f"{source}: needs faster-whisper", str(error), do) from error
-    folder = find_model(source, revision=revision, files=_FILES)
+    folder = find_model(source, files=_FILES)
     for name in ("model.bin", "tokenizer.json"):  # without it, one is fetched from elsewhere
         if not (folder.path / name).is_file():
             why = f"It has no {name}."

@@ -168,9 +168,8 @@ def bootstrap_interval(
     *,
     resamples: int,
     seed: int,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the corpus rate (Bisani and Ney, ICASSP 2004).
+    """95 % percentile bootstrap interval of the corpus rate (Bisani and Ney, ICASSP 2004).
 
     Whole groups are drawn with replacement: errors in one recording, or of one speaker, go
     together. `groups_N` names each row's group; a row named "" or without names is its own.
@@ -181,7 +180,7 @@ def bootstrap_interval(
     errors_G = np.bincount(group_N, weights=errors_N)  # ValueError when the rows do not match
     words_G = np.bincount(group_N, weights=words_N)
     errors_R, words_R = _draws(np.stack([errors_G, words_G]), resamples, seed)
-    return _quantiles(errors_R / words_R, level)
+    return _quantiles(errors_R / words_R)
 
 
 def paired_interval(
@@ -191,7 +190,6 @@ def paired_interval(
     *,
     resamples: int,
     seed: int,
-    level: float = 0.95,
 ) -> dict[str, Any]:
     """How much the first system's corpus rate is above the second's, on the same references.
 
@@ -213,7 +211,7 @@ def paired_interval(
     drawn_R = (first_R - second_R) / words_R
     worse = (drawn_R > 0) + 0.5 * (drawn_R == 0)
     p_worse = float(worse.mean()) if len(worse) else float("nan")
-    return found | {"ci95": list(_quantiles(drawn_R, level)), "p_worse": p_worse}
+    return found | {"ci95": list(_quantiles(drawn_R)), "p_worse": p_worse}
 
 
 def score(
@@ -284,10 +282,10 @@ def _draws(totals_KG: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     return sums_KR[:, sums_KR[-1] > 0]
 
 
-def _quantiles(drawn_R: np.ndarray, level: float) -> tuple[float, float]:
+def _quantiles(drawn_R: np.ndarray) -> tuple[float, float]:
     if not len(drawn_R):
         return float("nan"), float("nan")
-    low, high = np.quantile(drawn_R, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(drawn_R, [0.025, 0.975])
     return float(low), float(high)
 
 

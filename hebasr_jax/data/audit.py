@@ -217,11 +217,11 @@ def rate_bounds(rates: Sequence[float], limits: Limits) -> tuple[float, float]:
     return math.exp(middle - width), math.exp(middle + width)
 
 
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a share (Wilson, JASA 1927); (0, 1) where nothing was looked at."""
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, JASA 1927); (0, 1) where nothing was looked at."""
     if not total:
         return 0.0, 1.0
-    share, weight = hits / total, z * z / total
+    z, share, weight = 1.96, hits / total, 1.96**2 / total
     middle = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
     return max(0.0, middle - half), min(1.0, middle + half)
