@@ -143,10 +143,6 @@ class Prompt:
     before: tuple[int, ...]
     after: tuple[int, ...]
 
-    def input_ids(self, audio_tokens: int, audio_pad: int) -> tuple[int, ...]:
-        """The ids with one placeholder for each audio embedding, as the references take them."""
-        return self.before + (audio_pad,) * audio_tokens + self.after
-
 
 @dataclass(frozen=True)
 class Example:

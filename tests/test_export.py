@@ -60,7 +60,7 @@ def test_transformers_loads_an_export_strictly_and_says_the_same(tmp_path, origi
     prompt = build_prompt(recognizer.tokenizer, style)
     pad = recognizer.tokenizer.special.audio_pad
     tokens = int((batch["input_ids"] == pad).sum())
-    assert batch["input_ids"][0].tolist() == list(prompt.input_ids(tokens, pad))
+    assert batch["input_ids"][0].tolist() == [*prompt.before, *[pad] * tokens, *prompt.after]
     with torch.no_grad():
         ids = model.generate(**batch, max_new_tokens=20, do_sample=False)
     theirs = ids[0, batch["input_ids"].shape[1] :].tolist()

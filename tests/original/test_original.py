@@ -23,7 +23,7 @@ from hebasr_jax.layout import (
 from hebasr_jax.model.asr import bind
 from hebasr_jax.model.encoder import audio_tokens
 from hebasr_jax.model.layers import Compute
-from hebasr_jax.text import PromptStyle, build_prompt, load_tokenizer
+from hebasr_jax.text import Prompt, PromptStyle, build_prompt, load_tokenizer
 from hebasr_jax.tiny import TINY, write_byte_tokenizer
 from hebasr_jax.transcribe import load_recognizer, transcribe
 from hebasr_jax.weights import original_key
@@ -131,9 +131,14 @@ def ours(original) -> Ours:
         mel_BTM=np.asarray(inputs.mel_BTM),
         audio_BAD=np.asarray(audio_BAD),
         logits_BLV=np.asarray(logits_BLV),
-        ids=[prompt.input_ids(audio_tokens(n // 160), pad) for n in CLIPS],
+        ids=[_input_ids(prompt, audio_tokens(n // 160), pad) for n in CLIPS],
         tokens=dict(zip(GREEDY_CLIPS, _greedy(original.folder, GREEDY_CLIPS), strict=True)),
     )
+
+
+def _input_ids(prompt: Prompt, tokens: int, pad: int) -> tuple[int, ...]:
+    """A prompt as the reference takes it, with a placeholder for each audio token."""
+    return (*prompt.before, *(pad,) * tokens, *prompt.after)
 
 
 def _greedy(folder: Path, clips: list[int]) -> list[tuple[int, ...]]:
@@ -308,7 +313,7 @@ def test_the_exported_chat_template_makes_our_prompt(exports, name) -> None:
         style = PromptStyle(language, language_in_prompt=language is not None)
         prompt = build_prompt(tokenizer, style, context=context)
         tokens = audio_tokens(EXPORT_CLIPS[0] // 160)
-        expected = prompt.input_ids(tokens, tokenizer.special.audio_pad)
+        expected = _input_ids(prompt, tokens, tokenizer.special.audio_pad)
         assert tuple(answer.arrays[f"prompt/{i}"].tolist()) == expected, (context, language)
 
 
@@ -360,4 +365,4 @@ def test_the_released_prompt(exports, name) -> None:
     for (context, language), ids in zip(PROMPTS, exports.encoded[name]["prompts"], strict=True):
         style = PromptStyle(language, language_in_prompt=language is not None)
         prompt = build_prompt(tokenizer, style, context=context)
-        assert list(prompt.input_ids(1, tokenizer.special.audio_pad)) == ids, context
+        assert list(_input_ids(prompt, 1, tokenizer.special.audio_pad)) == ids, context
