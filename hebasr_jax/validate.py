@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
@@ -95,14 +96,23 @@ def load_dev_sets(
         plan = feed.plan(0)
         batches = []
         for number in range(len(plan)):
-            clips = [good.clips[feed.table.clip_C[row.clips[0]]] for row in plan.batch(number)]
-            fill = [None] * (plan.bucket(number).rows - len(clips))
-            batches.append((plan.bucket(number), load_batch(feed, plan, number), (*clips, *fill)))
+            bucket, batch = plan.bucket(number), load_batch(feed, plan, number)
+            own = [int(feed.table.clip_C[row.clips[0]]) for row in plan.batch(number)]
+            _check_sound(bucket, batch, [good.read(index) for index in own])
+            clips = [good.clips[index] for index in own]
+            batches.append((bucket, batch, (*clips, *[None] * (bucket.rows - len(clips)))))
         left_out = dict(feed.left_out.get(whole.name, {}))
         if unread := len(whole.clips[: config.validation.max_clips]) - len(good.clips):
             left_out["cannot be read"] = unread
         found.append(DevSet(whole.name, tuple(batches), left_out))
     return found
+
+
+def _check_sound(bucket: Bucket, batch: Batch, waves: Sequence[np.ndarray]) -> None:
+    """Each row has its clip's own sound: a stand-in would be scored against another's text."""
+    for row, wave_S in enumerate(waves):
+        own_S = wave_S[: bucket.audio_s * SAMPLE_RATE]
+        assert np.array_equal(batch.wave_BS[row, : batch.samples_B[row]], own_S), row
 
 
 def _most_tokens(clips: ClipSet, config: Config) -> int:

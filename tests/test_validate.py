@@ -191,6 +191,23 @@ def test_a_bad_clip_is_put_on_record_and_not_scored(learned, scores) -> None:
     assert (row["set"], row["id"]) == ("noisy", "broken")
 
 
+def test_no_clip_stands_in_for_another(learned) -> None:
+    """As in training, where a clip is not as long as stated: here the text would be another's."""
+    setup = learned.setup
+    waves = [np.full(16_000, 100, np.int16), np.full(12_000, 200, np.int16)]
+    clips = tuple(Clip(word, word, 1.0) for word in WORDS[:2])
+    quarantine = Quarantine(learned.folder / "short.jsonl", 1.0, 100)
+    with pytest.raises(AssertionError):
+        load_dev_sets(
+            [ClipSet("short", clips, waves.__getitem__, "")],
+            setup.tokenizer,
+            setup.config,
+            quarantine,
+            1,
+        )
+    assert len(quarantine) == 1
+
+
 def test_the_first_clips_are_taken_when_there_are_too_many(learned) -> None:
     setup, config = learned.setup, learned.setup.config
     few = replace(config, validation=replace(config.validation, max_clips=3))
