@@ -15,13 +15,13 @@ from hebasr_jax.model.layers import (
     Compute,
     join_columns,
     linear,
-    look_up,
     products,
     rms_norm,
     rotary_angles,
     rotate,
     scan_layers,
     stack,
+    take_rows,
 )
 
 # From the queries, keys and values of new positions to the attention output, plus what the caller
@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
 
     def embed_text(self, ids_BX: Int[Array, "B X"]) -> Float[Array, "B X D"]:
         """Embeddings of token ids in the compute dtype."""
-        return look_up(self.embed.embedding[...].astype(self.compute.dtype), ids_BX)
+        return take_rows(self.embed.embedding[...].astype(self.compute.dtype), ids_BX)
 
     def head(self) -> Float[Array, "V D"]:
         """The output matrix in the compute dtype: the embedding table, tied."""

@@ -215,7 +215,7 @@ def rotate(x_BLNH: Float[Array, "B L N H"], angles_BLH: Array) -> Float[Array, "
 
 
 @jax.custom_vjp
-def look_up(table_VD: Array, ids_BX: Array) -> Array:
+def take_rows(table_VD: Array, ids_BX: Array) -> Array:
     """Rows of a table. Its gradient adds up rows of equal ids by a product, not by a scatter.
 
     A scatter-add of thousands of equal ids is slow on a GPU, and its order, so its last bits,
@@ -224,11 +224,11 @@ def look_up(table_VD: Array, ids_BX: Array) -> Array:
     return table_VD[ids_BX]
 
 
-def _look_up_fwd(table_VD: Array, ids_BX: Array) -> tuple[Array, tuple[Array, Array]]:
+def _take_rows_fwd(table_VD: Array, ids_BX: Array) -> tuple[Array, tuple[Array, Array]]:
     return table_VD[ids_BX], (table_VD, ids_BX)
 
 
-def _look_up_bwd(kept: tuple[Array, Array], grad_BXD: Array) -> tuple[Array, None]:
+def _take_rows_bwd(kept: tuple[Array, Array], grad_BXD: Array) -> tuple[Array, None]:
     table_VD, ids_R = kept[0], kept[1].reshape(-1)
     grad_RD = grad_BXD.reshape(len(ids_R), -1)
     equal_RR = ids_R[:, None] == ids_R
@@ -242,7 +242,7 @@ def _look_up_bwd(kept: tuple[Array, Array], grad_BXD: Array) -> tuple[Array, Non
     return whole_VD.astype(table_VD.dtype), None
 
 
-look_up.defvjp(_look_up_fwd, _look_up_bwd)
+take_rows.defvjp(_take_rows_fwd, _take_rows_bwd)
 
 
 @jax.custom_vjp
