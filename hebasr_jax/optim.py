@@ -1,6 +1,6 @@
 """Which parameters are trained, at what rate: one group table, one schedule, one optimiser.
 
-A stack of layers may be cut: its lower layers are frozen (no gradient, no moments), its upper
+A stack of layers may be cut: its first layers are frozen (no gradient, no moments), its last
 ones trained. `split` makes the two trees, `join` undoes it; the next stage may cut elsewhere, and
 `carry_over` takes the optimiser's state along. Every tensor, and every layer of a stack, counts
 its own updates (its age), so that one that joins later has its own warm-up and bias correction.
@@ -77,13 +77,13 @@ def split(params: Tree, stage: Stage) -> tuple[Tree, Tree]:
     """The trained and the frozen tree; a leaf of a cut stack is in both, with its own layers."""
     trained, frozen = {}, {}
     for path, leaf in flat(params).items():
-        below = frozen_layers(path, leaf, stage)
-        if below is None:
+        first = frozen_layers(path, leaf, stage)
+        if first is None:
             frozen[path] = leaf
-        elif below == 0:
+        elif first == 0:
             trained[path] = leaf
         else:
-            frozen[path], trained[path] = leaf[:below], leaf[below:]
+            frozen[path], trained[path] = leaf[:first], leaf[first:]
     return nested(trained), nested(frozen)
 
 

@@ -44,7 +44,7 @@ class TrainState:
     Fields hold arrays, or their shapes or shardings; hence `Any`.
 
     step: int32, optimiser steps taken, skipped ones included.
-    trained: float32 master weights; of a cut stack its upper layers.
+    trained: float32 master weights; of a cut stack its last layers.
     frozen: the other weights, also float32.
     moments: the optimiser's state, of `trained` only.
     """
@@ -163,9 +163,8 @@ def micro_loss(
         check_vma=False,
     )
     inputs = prepare(batch, noise_NS)
-    above, below = assemble(trained, frozen)
     spread = replace(step.compute, mesh=step.mesh, by_layer=step.gather == "layer")
-    asr = bind(above, step.model, spread, below)
+    asr = bind(trained, step.model, spread, frozen)
     loss, _ = next_token_loss(asr, inputs, batch.in_loss_BX, rows=step.loss_rows)
     return loss / total
 
@@ -189,15 +188,6 @@ def prepare_inputs(
     with jax.named_scope("mask_features"):
         mel_BTM = mask_features(mel_BTM, frames_B, batch.seed_B2, augment)
     return Inputs(mel_BTM, frames_B, batch.text_BX, batch.text_lengths_B, batch.audio_at_B)
-
-
-def assemble(trained: Params, frozen: Params) -> tuple[Params, Params]:
-    """From the trained and frozen trees to `bind`'s: whole leaves, and the frozen lower layers."""
-    upper, lower = flat(trained), flat(frozen)
-    return (
-        nested(upper | {path: leaf for path, leaf in lower.items() if path not in upper}),
-        nested({path: leaf for path, leaf in lower.items() if path in upper}),
-    )
 
 
 def cast(params: Params, dtype: Any) -> Params:

@@ -30,7 +30,7 @@ from hebasr_jax.run_config import Augment, Computation, Config, Group, Optim, St
 from hebasr_jax.sharding import make_mesh
 from hebasr_jax.step_memory import Memory, Shape, compiled_bytes, memory_estimate
 from hebasr_jax.tiny import write_tiny_model
-from hebasr_jax.train_step import Step, assemble, cast, compile_step, init_state
+from hebasr_jax.train_step import Step, cast, compile_step, init_state
 
 
 def flops(model: ModelConfig, audio: list[int], text: list[int], targets: int) -> float:
@@ -147,14 +147,13 @@ def kept(model: ModelConfig, config: Config, rows: int) -> int:
         abstract_params(model),
     )
 
-    def hidden(above, below):
-        whole, lower = assemble(above, below)
+    def hidden(trained, frozen):
         one, text = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 56), jnp.int32)
         inputs = Inputs(jnp.zeros((rows, 800, 128)), one, text, one, one)
-        return bind(whole, model, compute, lower).hidden_before_text(inputs)
+        return bind(trained, model, compute, frozen).hidden_before_text(inputs)
 
     backward = jax.eval_shape(
-        lambda above, below: jax.vjp(lambda tree: hidden(tree, below), above)[1], trained, frozen
+        lambda first, second: jax.vjp(lambda tree: hidden(tree, second), first)[1], trained, frozen
     )
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
 

@@ -138,17 +138,20 @@ def init_params(config: ModelConfig, key: Array) -> Params:
     return nnx.to_pure_dict(state)
 
 
-def bind(params: Params, config: ModelConfig, compute: Compute, below: Params | None = None) -> Asr:
+def bind(
+    params: Params, config: ModelConfig, compute: Compute, frozen: Params | None = None
+) -> Asr:
     """The model with these parameters: call its methods inside jit or grad.
 
     Args:
-      below: where stacks are cut, the leaves of their lower layers, by the same paths; `params`
-        then holds the upper layers only. The cut changes no result.
+      frozen: what `params` lacks where it is the trained part of `optim.split`: whole leaves, and
+        the first layers of stacks that are cut. The cut changes no result.
     """
     definition, _ = _definition(config, compute)
-    asr = nnx.merge(definition, params)
-    if below:
-        lower = nnx.merge(definition, nested(flat(params) | flat(below)))
-        for name in below:
-            getattr(asr, name).below = getattr(lower, name).layers
+    last, first = flat(params), flat(frozen or {})
+    asr = nnx.merge(definition, nested(first | last))
+    if cut := sorted({path.split("/")[0] for path in first if path in last}):
+        other = nnx.merge(definition, nested(last | first))
+        for name in cut:
+            getattr(asr, name).frozen = getattr(other, name).layers
     return asr

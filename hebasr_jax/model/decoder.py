@@ -35,7 +35,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(config.vocab_size, config.width, dtype=compute.dtype, rngs=rngs)
         self.layers = stack(lambda r: DecoderLayer(config, compute, r), config.layers, rngs)
-        self.below: Any = nnx.data(None)  # frozen layers under `layers`, if the stack is cut
+        self.frozen: Any = nnx.data(None)  # frozen layers before `layers`, if the stack is cut
         self.norm = rms_norm(config.width, config.norm_eps, compute, rngs)
         self.config = config
         self.compute = compute
@@ -64,7 +64,7 @@ class Decoder(nnx.Module):
 
     def segments(self) -> list[Any]:
         """The stack's segments, lowest first."""
-        return [layers for layers in (self.below, self.layers) if layers is not None]
+        return [layers for layers in (self.frozen, self.layers) if layers is not None]
 
     def unstacked(self) -> list[Any]:
         """Each layer alone, its weights cast, and joined where they share an input, once.

@@ -42,7 +42,7 @@ class Encoder(nnx.Module):
         flat = config.conv_bins * config.conv_channels
         self.conv_out = linear(flat, config.width, False, compute, rngs)
         self.layers = stack(lambda r: EncoderLayer(config, compute, r), config.layers, rngs)
-        self.below: Any = nnx.data(None)  # frozen layers under `layers`, if the stack is cut
+        self.frozen: Any = nnx.data(None)  # frozen layers before `layers`, if the stack is cut
         self.norm = layer_norm(config.width, compute, rngs)
         self.config = config
         self.compute = compute
@@ -65,7 +65,7 @@ class Encoder(nnx.Module):
 
     def segments(self) -> list[Any]:
         """The stack's segments, lowest first."""
-        return [layers for layers in (self.below, self.layers) if layers is not None]
+        return [layers for layers in (self.frozen, self.layers) if layers is not None]
 
     @jax.named_scope("conv_stem")
     def stem(self, mel_BTM: Float[Array, "B T M"]) -> Float[Array, "B A D"]:
