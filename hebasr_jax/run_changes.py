@@ -60,7 +60,7 @@ def scored_on(config: Mapping[str, Mapping[str, Any]], fixed: Mapping[str, Any])
 def changes_since(
     folder: Path,
     config: Mapping[str, Mapping[str, Any]],
-    fixed: Mapping[str, Any],
+    fixed: Mapping[str, Any] | None,
     *,
     at_defaults: Collection[str] = (),
     accept_changes: bool = False,
@@ -73,7 +73,7 @@ def changes_since(
     Args:
       config: {"optim.beta1": {"value": 0.9, "origin": "default"}, ...}
       fixed: JSON of what else must stay the same: fingerprints of the data sets, sha256 of the
-        tokenizer, sizes of the model.
+        tokenizer, sizes of the model. None: not known yet, and not compared.
       at_defaults: names of config values that are at their defaults.
 
     Raises:
@@ -85,7 +85,8 @@ def changes_since(
     known = {n: entry for n, entry in config.items() if n in old or n not in at_defaults}
     new, fixed = json.loads(json.dumps([known, fixed]))  # tuples as lists, as they are read back
     values = differences(_values(old), _values(new))
-    others = list(differences(_flat(env.get("fixed", {})), _flat(fixed)).values())
+    facts = {} if fixed is None else differences(_flat(env.get("fixed", {})), _flat(fixed))
+    others = list(facts.values())
     refused = [line for name, line in values.items() if not free_to_change(name)] + others
     if refused and not accept_changes:
         raise _changed(folder, refused)

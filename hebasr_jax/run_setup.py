@@ -106,8 +106,8 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
     refuse_absent([*data.train, *data.dev, *data.test])  # not after days, at the first test
     sets, dev_sets = open_sources(data.train), open_sources(data.dev)
     quarantine = open_quarantine([*sets, *dev_sets], config, quarantine_path)
-    row_multiple, shapes = math.lcm(8, mesh.size), abstract_params(model)
-    feed = make_feed(sets, tokenizer, config, quarantine, row_multiple)
+    shapes = abstract_params(model)
+    feed = make_feed(sets, tokenizer, config, quarantine, row_multiple(mesh))
     noise = load_noise(config.augment.noise_path) if config.augment.noise_share else None
     return Setup(
         config=config,
@@ -123,7 +123,7 @@ def set_up(config: Config, files: Path, quarantine_path: Path, *, fresh: bool = 
         left_out=feed.left_out,
         dev_sets=tuple(dev_sets),
         quarantine=quarantine,
-        parts=make_parts(config, feed, shapes, row_multiple),
+        parts=make_parts(config, feed, shapes, row_multiple(mesh)),
         noise_NS=None if noise is None else place_whole(noise, replicated(mesh)),
         remarks=tuple(remarks_on(sets, dev_sets, open_sources(data.test))),
     )
@@ -185,12 +185,20 @@ def fixed_facts(setup: Setup) -> dict[str, Any]:
         )
         for part in setup.parts
     }
-    return {
+    facts = {
         "data": {s.name: s.fingerprint for s in (*setup.sets, *setup.dev_sets)},
         "plan": plans,
         "model": {path: list(leaf.shape) for path, leaf in flat(setup.shapes).items()},
         "tokenizer": setup.tokenizer_sha256,
     }
+    if data.batch_audio_s:  # named before the plan, whose hash alone would tell a user nothing
+        facts["devices make the rows of a batch a multiple of"] = row_multiple(setup.mesh)
+    return facts
+
+
+def row_multiple(mesh: Mesh) -> int:
+    """What the rows of a batch are a multiple of, so that devices and most counts share them."""
+    return math.lcm(8, mesh.size)
 
 
 def load_state(setup: Setup) -> TrainState:

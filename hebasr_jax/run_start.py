@@ -12,7 +12,7 @@ from hebasr_jax.config_file import LoadedConfig, at_defaults, dump
 from hebasr_jax.data.plan import plan_table
 from hebasr_jax.finish import trained_on
 from hebasr_jax.run_changes import changes_since, scored_on, validated_on
-from hebasr_jax.run_folder import record_start, write_json
+from hebasr_jax.run_folder import prepare_layout, record_start, write_json
 from hebasr_jax.run_setup import Setup
 from hebasr_jax.running import Say
 from hebasr_jax.tracking import MetricsLog, put_aside, set_aside
@@ -27,6 +27,18 @@ class Start:
     setup: Setup
     facts: Mapping[str, Any]
     say: Say
+
+
+def lay_out_anew(folder: Path, loaded: LoadedConfig, *, accept_changes: bool) -> bool:
+    """Tells, as `prepare_layout` does, whether files of the run are made anew.
+
+    Where they are not, another config is refused here: else the old tokenizer, or the data, would
+    be blamed for what a new setting asks of it.
+    """
+    anew = prepare_layout(folder, accept_changes=accept_changes)
+    if not anew:
+        changes_since(folder, dump(loaded), None, at_defaults=at_defaults(loaded.config))
+    return anew
 
 
 def check(start: Start, *, accept_changes: bool) -> list[str]:

@@ -31,11 +31,10 @@ from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
     open_run,
-    prepare_layout,
     read_json,
 )
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up
-from hebasr_jax.run_start import Start, check, record
+from hebasr_jax.run_start import Start, check, lay_out_anew, record
 from hebasr_jax.running import Run, Say, Trainee, tell, tell_pending
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
 from hebasr_jax.sinks import check_sinks, open_sinks
@@ -69,7 +68,7 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         on_first(lambda: stack.enter_context(open_run(folder)))
         if config.compute.cache_dir:
             keep_programs(config.compute.cache_dir)
-        fresh = on_first(lambda: prepare_layout(folder, accept_changes=accept_changes))
+        fresh = on_first(lambda: lay_out_anew(folder, loaded, accept_changes=accept_changes))
         setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=bool(fresh))
         start = Start(loaded, folder, setup, fixed_facts(setup), say)
         changes = on_first(lambda: check(start, accept_changes=accept_changes))

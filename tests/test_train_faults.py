@@ -111,6 +111,7 @@ def poison(source: Path, folder: Path) -> None:
 
 CHANGES = {
     "config": (("optim.beta1=0.8",), "optim.beta1: 0.9 -> 0.8"),
+    "time stamps": (("text.stamp_share=0.5",), "text.stamp_share: 0.0 -> 0.5"),
     "manifest": ((), "data.tones: "),
     "tokenizer": ((), "tokenizer: "),
     "other model": (("model.path=other",), "model.path: "),
@@ -265,6 +266,16 @@ def test_rows_must_go_round_the_devices(space) -> None:
     told = train(space, *settings(*changes), code=1, devices=2)
     assert "error: batches of 3 rows cannot be spread over 2 devices" in told
     assert len(told.split("error: ")[1].splitlines()) == 3
+
+
+def test_batches_of_seconds_of_audio_are_made_for_a_number_of_devices(space, monkeypatch) -> None:
+    """Else the user would read no more than two hashes of a plan."""
+    by_audio = ("name=new", "data.batch_clips=None", "data.batch_audio_s=40", *QUIET)
+    monkeypatch.setattr("hebasr_jax.train.compile_programs", enough)
+    assert main(["train", "--config", "config.py", *settings(*by_audio)]) == 1
+    Path("runs/new/checkpoints/5").mkdir(parents=True)
+    told = train(space, *settings(*by_audio), code=1, devices=3)
+    assert "devices make the rows of a batch a multiple of: 8 -> 24; plan.train: " in told
 
 
 def test_too_many_bad_clips_end_the_run_with_the_reasons(space, capsys, monkeypatch) -> None:
