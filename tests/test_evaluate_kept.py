@@ -12,6 +12,7 @@ from hebasr_jax.comparison import compare_folders
 from hebasr_jax.errors import UserError
 from hebasr_jax.eval_sets import choose_sets
 from hebasr_jax.evaluate import Settings, System, run_sets
+from hebasr_jax.hypotheses import read_hypotheses
 from hebasr_jax.longform import Cutting, Sound, recognize_long
 from hebasr_jax.text import Transcript
 from hebasr_jax.timestamps import Segment
@@ -81,6 +82,14 @@ def test_a_trial_longer_than_the_set_hides_no_missing_clip(tmp_path) -> None:
     path = manifest(tmp_path, "one", bad=1)
     found = run(says("one"), path, tmp_path / "out", Settings(resamples=20, max_clips=100))
     assert (found["sets"]["one"]["missing"], found["sets"]["one"]["wer"]) == (1, None)
+
+
+def test_a_rounded_length_cuts_nothing_off(tmp_path) -> None:
+    path = Path(manifest(tmp_path, "one"))
+    path.write_text(path.read_text().replace("}", ', "duration_s": 0.85}'))
+    run(says("one"), str(path), tmp_path / "out")
+    rows = read_hypotheses(tmp_path / "out" / "one" / "hypotheses.jsonl")
+    assert [row.duration_s for row in rows] == [1.0] * 3
 
 
 def test_data_of_ones_own_is_no_benchmark_set_by_its_file_name(tmp_path) -> None:

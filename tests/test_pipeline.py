@@ -197,6 +197,17 @@ def test_sound_longer_than_stated_is_cut_at_the_end_of_the_bucket() -> None:
     assert all(row.wave_BS.all() for row in rows)
 
 
+def test_a_joined_clip_that_is_longer_than_stated_takes_no_room_of_the_next() -> None:
+    lengths_s = [6.0, 2.0, 2.0]
+    clips = [clip(i, length_s, recording="r") for i, length_s in enumerate(lengths_s)]
+    stated = clip_set([replace(clips[0], text="x " * 40, segments=()), *clips[1:]])
+    longer = replace(stated, read=lambda index: wave_of(index, lengths_s[index] + 0.15))
+    config = with_(data={"join_share": 1.0, "join_gap_s": 0.5})
+    planned, rows = (rows_of(all_batches(feed_of([one], config))) for one in (stated, longer))
+    assert [row.wave_BS.tolist() for row in rows] == [row.wave_BS.tolist() for row in planned]
+    assert len(rows) == 2  # the short ones are joined
+
+
 @pytest.mark.parametrize("field", ["stamp_share", "context_share"])
 def test_shares_are_drawn_for_each_clip_and_epoch(field) -> None:
     config = with_(text={field: 0.4})

@@ -210,7 +210,7 @@ def test_false_durations_and_damaged_sound(wavs) -> None:
         "has samples that are NaN or infinite",
         "cannot be read as sound",
     ]
-    assert np.array_equal(opened.read(5), noise(11200, 2)[:11198])  # never more than is told
+    assert np.array_equal(opened.read(5), noise(11200, 2))  # rounding cuts nothing off
     (wavs / "2.wav").unlink()  # after opening
     assert reason_of(opened, 5) == "no such file"
 

@@ -40,13 +40,13 @@ def as_file(data: bytes | memoryview) -> Iterator[Path]:
 
 
 def read_sound(path: Path, duration_s: float, where: str) -> np.ndarray:
-    """A whole file as int16 [S] at 16 kHz, S at most round(duration_s * 16000).
+    """A whole file as int16 [S] at 16 kHz, with what lasts up to `ROUNDING_S` beyond duration_s.
 
-    Decoding stops `ROUNDING_S` after `duration_s`, so a false header costs nothing. Raises
+    Decoding stops there, so a false header costs nothing. Raises
     `BadClip`, naming `where`, for whatever `audio.read_audio` refuses, and for sound that is more
     than `ROUNDING_S` longer or shorter than `duration_s`.
     """
-    return _fit(_decode(path, duration_s + ROUNDING_S, where), duration_s, where)
+    return _to_int16(_decode(path, duration_s + ROUNDING_S, where), duration_s, where)
 
 
 def read_piece(path: Path, start_s: float, end_s: float, where: str) -> np.ndarray:
@@ -73,7 +73,7 @@ def read_piece(path: Path, start_s: float, end_s: float, where: str) -> np.ndarr
         wave = soxr.resample(wave, rate, SAMPLE_RATE, quality="VHQ")
     first = round((start_s - before_s) * SAMPLE_RATE)
     piece = wave[first : first + round((end_s - start_s) * SAMPLE_RATE)]
-    return _fit(piece / max(1.0, peak), end_s - start_s, where)
+    return _to_int16(piece / max(1.0, peak), end_s - start_s, where)
 
 
 def sound_duration_s(path: Path, where: str) -> float:
@@ -115,12 +115,11 @@ def _read_frames(sound: "soundfile.SoundFile", frames: int) -> np.ndarray:  # no
     return np.concatenate(blocks)
 
 
-def _fit(wave: np.ndarray, duration_s: float, where: str) -> np.ndarray:
-    """Float samples to int16, cut at the duration. 16-bit sound at 16 kHz comes back unchanged."""
-    samples = round(duration_s * SAMPLE_RATE)
-    if len(wave) < samples - ROUNDING_S * SAMPLE_RATE:
+def _to_int16(wave: np.ndarray, duration_s: float, where: str) -> np.ndarray:
+    """Float samples to int16, if all are there. 16-bit sound at 16 kHz comes back unchanged."""
+    if len(wave) < round(duration_s * SAMPLE_RATE) - ROUNDING_S * SAMPLE_RATE:
         told = f"{len(wave) / SAMPLE_RATE:.2f} of {duration_s:.2f} s are there"
         raise BadClip("is shorter than its row says", f"{where}: {told}")
-    if not min(len(wave), samples):
+    if not len(wave):
         raise BadClip("holds no sound (zero samples)", where)
-    return np.clip(np.rint(wave[:samples] * 32768), -32768, 32767).astype(np.int16)
+    return np.clip(np.rint(wave * 32768), -32768, 32767).astype(np.int16)

@@ -306,13 +306,16 @@ def _join(
     """One row of one or more clips: gaps of silence, texts with a space, segments shifted."""
     config = feed.config
     gap = np.zeros(round(config.data.join_gap_s * SAMPLE_RATE), np.int16)
-    # Sound may be a little longer than its row says; what passes the bucket's end is cut.
+    # Sound may be a little longer than its row says: a clip alone is cut at the bucket's end, one
+    # of several at its stated length, so that none takes another's room.
     room = int(bucket.audio_s * SAMPLE_RATE * row.speed)
     pieces: list[np.ndarray] = []
     segments: list[Segment] = []
     for index, wave in waves.items():
-        start = sum(map(len, pieces))
-        segments += _moved(_clip(feed, index)[1], start, min(start + len(wave), room), row.speed)
+        start, clip = sum(map(len, pieces)), _clip(feed, index)[1]
+        if len(row.clips) > 1:
+            wave = wave[: round(clip.duration_s * SAMPLE_RATE)]
+        segments += _moved(clip, start, min(start + len(wave), room), row.speed)
         pieces += [wave, gap]
     wave = np.concatenate(pieces[:-1])[:room]
     clips = [_clip(feed, index)[1] for index in waves]

@@ -93,9 +93,9 @@ def open_source(
     """Reads what is known of a set's clips; audio is left where it is.
 
     A row that is no clip, whose file is missing, or whose length cannot be told or is over
-    `LONGEST_S` goes to `bad`, as does the second row with an id. `read` gives at most
-    round(duration_s * 16000) samples. The fingerprint takes in all fields of the clips, audio
-    names as written, and sizes of files.
+    `LONGEST_S` goes to `bad`, as does the second row with an id. `read` gives a piece of
+    round(duration_s * 16000) samples at most, and all of a file that is up to `ROUNDING_S` longer.
+    The fingerprint takes in all fields of the clips, audio names as written, and sizes of files.
     Raises UserError for a set that cannot be read, has no valid clip, no row of its split, or
     lacks a column that `source.columns` names; a column named "" is none. With a schema, parquet
     files are read as its adapter says; manifests and shards are what `prepare` made of them. What
