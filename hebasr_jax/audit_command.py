@@ -57,6 +57,7 @@ class Audit:
         from hebasr_jax.data.audit_card import refuse_set, told, told_change, write_audit
         from hebasr_jax.data.normalize import effect
         from hebasr_jax.data.sources import describe, open_source
+        from hebasr_jax.writers import check_folder
 
         if self.sample < 1 or self.threads < 1 or self.seed < 0:
             raise UserError("--sample and --threads must be positive, --seed not negative")
@@ -64,6 +65,7 @@ class Audit:
         sources, stop = self._sources(), False
         for folder in sources:
             refuse_set(folder)
+            check_folder(folder)
         for folder, source in sources.items():
             clip_set = open_source(source)
             _say(describe(clip_set))

@@ -23,6 +23,7 @@ import numpy as np
 from hebasr_jax.average import finite, in_percent
 from hebasr_jax.benchmark_sets import BENCHMARK_SETS, published_rates
 from hebasr_jax.data.clips import BadClip, ClipSet
+from hebasr_jax.data.shard_work import writing
 from hebasr_jax.data.sources import describe
 from hebasr_jax.errors import UserError
 from hebasr_jax.eval_sets import EvalSet
@@ -189,9 +190,13 @@ def _decode_once(
     others = sum(clip.language not in ("", _LANGUAGE) for clip in clips.clips)
     if others:
         say(f"{one.name}: {others} clips say another language; all are decoded as {_LANGUAGE}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / "decoding.json", folder.parent / "compare.json"):  # of the texts before
-        old.unlink(missing_ok=True)
+    with writing(folder, "Then run the same command again."):
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (
+            folder / "decoding.json",
+            folder.parent / "compare.json",
+        ):  # of the texts before
+            old.unlink(missing_ok=True)
     rows, missing, facts = _recognise(system, clips, opened.draws, settings.cutting)
     write_hypotheses(folder / "hypotheses.jsonl", rows)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in missing]

@@ -88,8 +88,10 @@ class Evaluate:
         from hebasr_jax.report_eval import write_evaluation_report
         from hebasr_jax.run_config import Source
         from hebasr_jax.transcribe import load_recognizer
+        from hebasr_jax.writers import check_folder
 
         # What may fail comes before hours of decoding.
+        check_folder(out)
         train = open_source(Source("train", self.check_overlap)) if self.check_overlap else None
         control = load_control(self.control) if self.control else None
         keep_programs()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hebasr_jax.errors import UserError
+from hebasr_jax.run_folder import write_text
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,8 @@ class Hypothesis:
 
 
 def write_hypotheses(path: Path, rows: Iterable[Hypothesis]) -> None:
-    """Writes a file of one JSON object a line, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    partial.replace(path)
+    """Writes a file of one JSON object a line, whole or not at all. Raises `UserError`."""
+    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_hypotheses(path: Path) -> list[Hypothesis]:

@@ -4,7 +4,6 @@ Four ways to see it, each of which the others may miss: the same id, the same re
 text, the same sound (`data/fingerprint.py`: re-encoded, louder, shifted, cut out of a longer file).
 """
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from hebasr_jax.data.fingerprint import (
     fingerprint,
 )
 from hebasr_jax.metrics import normalize_ivrit
+from hebasr_jax.run_folder import write_json
 
 GRAM_WORDS = 8  # so many in a row are hardly ever said twice by chance
 SHORT_WORDS = 5  # anybody may say a sentence of fewer
@@ -131,11 +131,9 @@ def _kinds(
 
 
 def write_overlap(out: Path, result: dict[str, Any]) -> Path:
-    """Writes `out`/overlap.json, whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / ".overlap.json.partial"
-    partial.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return partial.replace(out / "overlap.json")
+    """Writes `out`/overlap.json, whole or not at all. Raises `UserError`."""
+    write_json(out / "overlap.json", result)
+    return out / "overlap.json"
 
 
 def describe_overlap(result: dict[str, Any]) -> list[str]:

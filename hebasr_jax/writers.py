@@ -67,7 +67,7 @@ def check_folder(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "may not be written to" if there.is_dir() else "is no folder"
-        raise UserError(f"{folder} cannot be written", f"{there} {why}", "name another --out-dir")
+        raise UserError(f"{folder} cannot be written", f"{there} {why}", "name another folder")
 
 
 def write_whole(path: Path, text: str) -> None:

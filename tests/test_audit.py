@@ -306,6 +306,23 @@ def test_the_list_of_a_prepared_set_is_not_replaced(tmp_path, capsys) -> None:
     assert [file.name for file in out.iterdir()] == ["set.json"]
 
 
+def test_an_out_that_cannot_be_written_is_told_before_anything_is_decoded(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    source = Planted(tmp_path / "set", 3).write()
+    (tmp_path / "taken").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("hebasr_jax.data.audit.audit_set", None)
+        assert run(source, tmp_path / "taken" / "out") == 1
+    assert "taken is no folder" in capsys.readouterr().err
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".audit.json.partial").symlink_to("/dev/full")
+    assert run(source, out) == 1
+    assert "audit.json cannot be written\nNo space left on device" in capsys.readouterr().err
+    assert not list(out.rglob("*partial*"))
+
+
 def test_measures() -> None:
     tone = np.sin(np.arange(RATE) / 5) * 32767
     half = np.concatenate([tone / 2, np.zeros(RATE)]).astype(np.int16)

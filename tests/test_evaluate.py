@@ -302,6 +302,15 @@ def test_what_makes_no_sense_is_refused_before_a_model_is_read(evaluate, words, 
     assert results == {}
 
 
+def test_an_out_that_cannot_be_written_is_told_before_a_model_is_read(
+    tiny, tmp_path, capsys
+) -> None:
+    (tmp_path / "taken").touch()
+    words = ["evaluate", "none", "--sets", "kan=data", "--out", str(tmp_path / "taken" / "out")]
+    assert main(words) == 1
+    assert "taken is no folder\nname another folder" in capsys.readouterr().err
+
+
 def test_published_figures_stand_beside_ours(evaluate) -> None:
     published = evaluate()[1]["published"]
     assert list(published) == [*SIX]

@@ -14,6 +14,7 @@ from hebasr_jax.eval_sets import choose_sets
 from hebasr_jax.evaluate import Settings, System, run_sets
 from hebasr_jax.hypotheses import read_hypotheses
 from hebasr_jax.longform import Cutting, Sound, recognize_long
+from hebasr_jax.overlap import write_overlap
 from hebasr_jax.text import Transcript
 from hebasr_jax.timestamps import Segment
 from hebasr_jax.transcribe import Recognition
@@ -90,6 +91,22 @@ def test_a_rounded_length_cuts_nothing_off(tmp_path) -> None:
     run(says("one"), str(path), tmp_path / "out")
     rows = read_hypotheses(tmp_path / "out" / "one" / "hypotheses.jsonl")
     assert [row.duration_s for row in rows] == [1.0] * 3
+
+
+def test_a_disk_that_is_full_or_refuses_is_told_and_leaves_nothing_half_written(tmp_path) -> None:
+    path, out = manifest(tmp_path, "one"), tmp_path / "out"
+    (out / "one").mkdir(parents=True)
+    (out / "one" / ".hypotheses.jsonl.partial").symlink_to("/dev/full")
+    told = run(says("one"), path, out)["skipped"]["one"]
+    assert told.splitlines()[0].endswith("hypotheses.jsonl cannot be written")
+    assert not list((out / "one").iterdir())
+    (out / "one").rmdir()
+    (out / "one").touch()
+    assert "one: cannot be written" in run(says("one"), path, out)["skipped"]["one"]
+    (out / ".overlap.json.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"overlap\.json cannot be written"):
+        write_overlap(out, {})
+    assert sorted(file.name for file in out.iterdir()) == ["one", "results.json"]
 
 
 def test_data_of_ones_own_is_no_benchmark_set_by_its_file_name(tmp_path) -> None:

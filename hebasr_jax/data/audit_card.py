@@ -20,6 +20,7 @@ from hebasr_jax.errors import UserError
 from hebasr_jax.metrics import NORMALIZER
 from hebasr_jax.page import direction_of, escaped, facts_table, side_by_side, table_of, write_page
 from hebasr_jax.run_config import Source
+from hebasr_jax.run_folder import write_json, write_text
 
 _BINS = 30
 _WORST = 30
@@ -38,12 +39,9 @@ def write_audit(audit: Audit, source: Source, out: Path, change: dict[str, Any])
     refuse_set(out)
     result = summary(audit, source) | {HEBREW_V1: change}
     rows = removed(audit)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / REMOVED_FILE, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        _write(out / "audit.json", json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written", error.strerror or str(error)) from error
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(out / REMOVED_FILE, "".join(lines))
+    write_json(out / "audit.json", result)
     write_page(out / "card.html", f"Data card: {source.name}", _sections(audit, result))
 
 
@@ -150,12 +148,6 @@ def _by_rate(audit: Audit) -> str:
     texts = [m for m in audit.measures_N if m.rate]
     known = sum(m.cer is not None for m in texts)
     return f"{_BY_RATE} (the second transcript has only {known:,} of {len(texts):,} texts)"
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(content, "utf-8", "replace")
-    partial.replace(path)
 
 
 def _hours(lengths_s: Iterable[float]) -> float:
