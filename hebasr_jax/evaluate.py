@@ -137,6 +137,8 @@ def run_sets(
     same = read_json(out / "results.json").get("model", {}).get("key") == key
     if not same or read_json(out / "compare.json").get("style") != settings.style:
         (out / "compare.json").unlink(missing_ok=True)  # of another system, or of other texts
+    if not same:
+        (out / "overlap.json").unlink(missing_ok=True)  # with what another model was trained on
     for one in sets:
         try:
             _decode_once(system, one, out / one.name, settings, key, overwrite, say)
@@ -192,11 +194,8 @@ def _decode_once(
         say(f"{one.name}: {others} clips say another language; all are decoded as {_LANGUAGE}")
     with writing(folder, "Then run the same command again."):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (
-            folder / "decoding.json",
-            folder.parent / "compare.json",
-        ):  # of the texts before
-            old.unlink(missing_ok=True)
+        for old in ("compare.json", "overlap.json", f"{folder.name}/decoding.json"):
+            (folder.parent / old).unlink(missing_ok=True)  # of the set as it was
     rows, missing, facts = _recognise(system, clips, opened.draws, settings.cutting)
     write_hypotheses(folder / "hypotheses.jsonl", rows)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in missing]

@@ -63,7 +63,7 @@ def write_evaluation_report(out: Path) -> Path:
         sections[f"Set {name}"] = f'<a id="set{number}"></a>{content}'
     sections |= {
         "Sets not evaluated": _reasons(_mapping(results.get("skipped"))),
-        "Overlap with training data": _overlap(read_json(out / "overlap.json")),
+        "Overlap with training data": _overlap(read_json(out / "overlap.json"), sets),
         "Model, decoding, versions": _facts(results, sets),
     }
     page = out / "report.html"
@@ -320,10 +320,11 @@ def _reasons(reasons: Numbers) -> str:
     return table_of(["set", "why"], rows) if rows else "<p>None.</p>"
 
 
-def _overlap(found: Any) -> str:
-    """What `overlap.check_overlap` found: a table of its counts by set, and examples, folded."""
+def _overlap(found: Any, sets: Mapping[str, Numbers]) -> str:
+    """What `overlap.check_overlap` found in sets: a table of its counts, and examples, folded."""
     content = _mapping(found)
     train, tests = _mapping(content.get("train")), _mappings(content.get("tests"))
+    tests = {name: told for name, told in tests.items() if name in sets}
     if not tests:
         return "<p>Not checked.</p>"
     rows, parts = [], []

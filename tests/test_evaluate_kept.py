@@ -71,6 +71,20 @@ def test_a_comparison_goes_with_the_texts_it_was_made_of(tmp_path) -> None:
     assert not (out / "compare.json").exists()
 
 
+def test_an_overlap_stays_only_with_the_model_and_the_data_it_was_found_in(tmp_path) -> None:
+    path, out = manifest(tmp_path, "one"), tmp_path / "out"
+    run(says("one"), path, out)
+    found = write_overlap(out, {"tests": {"one": {}}})
+    run(says("one"), path, out)
+    assert found.exists()
+    run(says("two"), manifest(tmp_path, "other"), out)
+    assert not found.exists()
+    write_overlap(out, {"tests": {"other": {}}})
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    run(says("two"), str(tmp_path / "other.jsonl"), out)
+    assert not found.exists()
+
+
 def test_a_withheld_rate_is_not_told_by_a_comparison(tmp_path) -> None:
     path = manifest(tmp_path, "one", bad=1)
     for text in ("one", "two"):

@@ -277,12 +277,14 @@ def test_skipped_sets_overlap_and_versions_are_told(tmp_path) -> None:
     sound = {"clips": 23, "examples": [{"test": "t1", "train": "b", "score": 0.912}]}
     found = {"name": "talk", "clips": 70, "overlapping": 31, "id": {"clips": 8}, "audio": sound}
     train = {"name": "mine", "clips": 4000, "overlapping": ["a", "b"]}
-    write_json(out / "overlap.json", {"train": train, "tests": {"talk": found}})
+    other = {"clips": 5, "overlapping": 5}  # of a set that is no longer among the results
+    write_json(out / "overlap.json", {"train": train, "tests": {"talk": found, "gone": other}})
     page = tables(out)
     assert row_of(page, "whatsapp") == [["whatsapp", "gated:\nask"]]
     assert "2 of 4,000 clips of mine overlap a set." in flat(page.text)
     assert row_of(page, "talk")[-1] == ["talk", "70", "31", "8", "23"]
     assert row_of(page, "t1") == [["t1", "b", "0.912"]]
+    assert row_of(page, "gone") == []
     assert row_of(page, "sets.talk.versions.jiwer") == [["sets.talk.versions.jiwer", "4.0.1"]]
     assert row_of(page, "model.dtype") == [["model.dtype", "bfloat16"]]
     assert "a trial: first 7 clips" in row_of(page, "talk")[0][0]
@@ -312,7 +314,7 @@ def test_text_stays_text(tmp_path_factory, texts) -> None:
     write_out(out, {"set": [row]}, more, published=published, skipped={d: e}, model={a: b})
     (out / "set" / "missing.jsonl").write_text(json.dumps({a: b, "id": c}))
     found = {"name": a, e: {"clips": b, "examples": [{c: d}]}}
-    write_json(out / "overlap.json", {"train": {"name": c}, "tests": {b: found}})
+    write_json(out / "overlap.json", {"train": {"name": c}, "tests": {"set": found}})
     pair = {"ci95": [0.1, 0.2]}
     write_json(out / "compare.json", {"first": {"model": a}, "sets": {b: pair}, "skipped": {c: d}})
     page = read(out)
