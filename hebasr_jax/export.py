@@ -70,7 +70,12 @@ def write_model(
 
 
 def refuse_taken(destination: Path) -> None:
-    """Refuses a destination that holds anything."""
+    """Refuses a destination that holds anything, or whose name would keep it from being loaded."""
+    try:
+        str(destination).encode()
+    except UnicodeEncodeError:
+        why = "its name is not UTF-8, and tokenizers opens no other"
+        raise UserError(f"{destination} cannot hold a model", why, "name another folder") from None
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} exists", "nothing is overwritten", "name a new folder")
 

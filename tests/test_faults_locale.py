@@ -7,8 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import soundfile
+from reference import tiny_folder
 from tone_runs import QUICK, checkpoints, losses, make_workspace, settings, train
 
+from hebasr_jax.cli import main
+from hebasr_jax.data.sources import open_source
+from hebasr_jax.run_config import Source
 from hebasr_jax.tracking import read_metrics
 
 PLAIN = {"LC_ALL": "C", "LANG": "C"}  # Python then takes UTF-8 for names and files by itself
@@ -66,3 +73,32 @@ def test_hebrew_and_spaces_in_every_path_without_utf8_and_with_a_clock_that_jump
     model, other = "כל ההרצות/הרצה 1/export/transformers", "דגם אחר"
     hebasr(space, "convert", model, other, "--layout", "original")
     assert (space / other / "model.safetensors").exists()
+
+
+@pytest.fixture
+def odd(tmp_path) -> Path:
+    """A folder whose name is not UTF-8, with a manifest that tells no length."""
+    folder = tmp_path / os.fsdecode(b"r\xe9sum\xff")
+    folder.mkdir()
+    wave = np.random.default_rng(0).normal(size=32000) * 0.1
+    soundfile.write(os.fsencode(folder / "a.wav"), wave, 16000, format="WAV")
+    rows = [{"audio": "a.wav", "text": "one"}, {"audio": "a.wav", "text": "a"}]
+    rows[1] |= {"start_s": 0.5, "end_s": 1.5}
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_data_below_a_folder_that_is_not_utf8(odd) -> None:
+    given = ["--source", str(odd / "m.jsonl"), "--name", "s"]
+    assert main(["prepare", *given, "--processes", "1", "--out", str(odd)]) == 0
+    source, shards = (open_source(Source("s", str(odd / name))) for name in ("m.jsonl", "s"))
+    assert [clip.duration_s for clip in source.clips] == [2.0, 1.0]
+    for index in range(2):
+        assert np.array_equal(source.read(index), shards.read(index))
+
+
+def test_a_model_is_not_written_where_it_could_not_be_loaded(odd, capsysbinary) -> None:
+    words = ["convert", str(tiny_folder()), str(odd / "new"), "--layout", "original"]
+    assert main(words) == 1
+    assert b"its name is not UTF-8" in capsysbinary.readouterr().err
+    assert not (odd / "new").exists()

@@ -59,7 +59,7 @@ def read_piece(path: Path, start_s: float, end_s: float, where: str) -> np.ndarr
     import soxr
 
     try:
-        with soundfile.SoundFile(path) as sound:
+        with soundfile.SoundFile(os.fsencode(path)) as sound:
             rate = sound.samplerate
             before_s = max(0, math.floor(start_s - _MARGIN_S))  # whole: a sample at either rate
             sound.seek(min(before_s * rate, sound.frames))
@@ -81,7 +81,7 @@ def sound_duration_s(path: Path, where: str) -> float:
     import soundfile
 
     with contextlib.suppress(soundfile.LibsndfileError, OSError):
-        info = soundfile.info(path)
+        info = soundfile.info(os.fsencode(path))
         if info.format in _TELLS_LENGTH and 0 < info.frames < _UNKNOWN_FRAMES:
             return info.frames / info.samplerate
     return len(_decode(path, LONGEST_S, where)) / SAMPLE_RATE

@@ -58,7 +58,7 @@ def make_shard(work: ShardWork, stopped: Callable[[], bool] = lambda: False) -> 
     partial = folder / f".{work.name}.{os.getpid()}.partial"
     try:
         with writing(folder):
-            writer = ArrayRecordWriter(str(partial), WRITER_OPTIONS)
+            writer = ArrayRecordWriter(os.fsencode(partial), WRITER_OPTIONS)
         try:
             for index, clip in enumerate(work.clips):
                 if stopped():
@@ -78,7 +78,7 @@ def make_shard(work: ShardWork, stopped: Callable[[], bool] = lambda: False) -> 
             with writing(folder):
                 writer.close()
         with writing(folder):
-            if ArrayRecordReader(str(partial)).num_records() != len(rows):
+            if ArrayRecordReader(os.fsencode(partial)).num_records() != len(rows):
                 raise OSError(f"{partial} does not hold the {len(rows)} records written")
             publish(partial, audio)
             write_synced(manifest, b"".join(rows))

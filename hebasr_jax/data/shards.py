@@ -75,7 +75,7 @@ def shard_reader() -> Callable[[Path, int, str], np.ndarray]:
 
     def read(file: Path, row: int, where: str) -> np.ndarray:
         try:
-            return unpack(opened(str(file), _READER_OPTIONS).read([row])[0])
+            return unpack(opened(os.fsencode(file), _READER_OPTIONS).read([row])[0])
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise BadClip("shard cannot be read", f"{where}: {error}") from error
 
