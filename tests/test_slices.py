@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from hebasr_jax.data.decode import read_piece, read_sound
 from hebasr_jax.data.prepare_command import Prepare
 from hebasr_jax.data.slices import sliced
 from hebasr_jax.data.sources import open_source
@@ -86,3 +87,12 @@ def test_contexts_are_the_slices_before_and_shards_are_made(source, tmp_path) ->
         sliced(back, 3.0)
     with pytest.raises(UserError, match="0 to 120 s"):
         sliced(open_source(source), 0.0)
+
+
+@pytest.mark.parametrize(("subtype", "peak"), [("PCM_16", 1.0), ("FLOAT", 3.0)])
+def test_a_piece_over_full_scale_is_scaled_as_a_file_is(tmp_path, subtype, peak) -> None:
+    """Resampling takes noise of full scale over it."""
+    wave, file = np.random.default_rng(0).choice([-peak, peak], 44_100), tmp_path / "loud.wav"
+    soundfile.write(file, wave, 44_100, subtype=subtype)
+    whole, piece = read_sound(file, 1.0, "x"), read_piece(file, 0.0, 1.0, "x")
+    assert np.abs(whole.astype(int) - piece).max() <= 3

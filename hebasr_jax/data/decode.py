@@ -52,8 +52,10 @@ def read_sound(path: Path, duration_s: float, where: str) -> np.ndarray:
 def read_piece(path: Path, start_s: float, end_s: float, where: str) -> np.ndarray:
     """The piece from start_s to end_s of a recording as int16 [S] at 16 kHz, without the rest.
 
-    Equal to that part of the whole recording. Only for formats that libsndfile reads; raises
-    `BadClip` for others, for damage, and when the recording ends before the piece.
+    Equal to that part of the whole recording, but for the level of one that passes full scale: the
+    piece is scaled by its own peak, since the recording's is known only once all is decoded. Only
+    for formats that libsndfile reads; raises `BadClip` for others, for damage, and when the
+    recording ends before the piece.
     """
     import soundfile
     import soxr
@@ -66,14 +68,14 @@ def read_piece(path: Path, start_s: float, end_s: float, where: str) -> np.ndarr
             wave = _read_frames(sound, math.ceil((end_s + _MARGIN_S - before_s) * rate))
     except soundfile.LibsndfileError as error:
         raise BadClip("piece of a recording cannot be read", f"{where}: {error}") from error
-    peak = np.abs(wave).max(initial=0)
-    if not np.isfinite(peak):
+    if not np.isfinite(wave).all():
         raise BadClip("has samples that are NaN or infinite", where)
     if rate != SAMPLE_RATE and len(wave):
         wave = soxr.resample(wave, rate, SAMPLE_RATE, quality="VHQ")
     first = round((start_s - before_s) * SAMPLE_RATE)
     piece = wave[first : first + round((end_s - start_s) * SAMPLE_RATE)]
-    return _to_int16(piece / max(1.0, peak), end_s - start_s, where)
+    peak = np.abs(piece).max(initial=1.0)  # as of files: of what is resampled, which may overshoot
+    return _to_int16(piece / peak, end_s - start_s, where)
 
 
 def sound_duration_s(path: Path, where: str) -> float:
