@@ -33,6 +33,18 @@ def test_results_reach_their_file_while_a_bar_is_drawn(tmp_path) -> None:
     assert b"100%" in shown
 
 
+def test_a_standard_output_that_is_full_is_told_in_one_line(tmp_path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(16000), 16000)
+    words = ["transcribe", str(tiny_folder()), str(tmp_path / "a.wav"), "--max-new-tokens", "4"]
+    command = [sys.executable, "-m", "hebasr_jax", *words]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.endswith("cannot be written to standard output: No space left on device")
+    assert done.stderr.count("error") == 1
+
+
 def _read(master: int) -> bytes:
     """What the process wrote to its terminal; nothing once it has gone."""
     try:
