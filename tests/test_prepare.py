@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_says_so(source, tmp_path) -
 
 def test_too_little_space_is_told_before_work_begins(source, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage())
-    with pytest.raises(UserError, match=r"may need 0\.0 GB, and 0\.0 GB are free"):
+    with pytest.raises(UserError, match=r"may need 0\.4 MB, and 0\.0 MB are free"):
         prepare(source, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out" / "crowd").iterdir()] == ["set.json"]
 

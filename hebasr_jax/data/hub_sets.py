@@ -9,6 +9,7 @@ from typing import Any
 from hebasr_jax.data.adapters import filled, find_adapter
 from hebasr_jax.data.clips import ClipSet
 from hebasr_jax.data.hub_files import HeldFiles, held_files
+from hebasr_jax.data.prepare import told_bytes
 from hebasr_jax.data.shards import REMOVED_FILE, SET_FILE, is_whole, read_origin, seals
 from hebasr_jax.data.sources import is_there, open_source
 from hebasr_jax.errors import UserError
@@ -90,8 +91,8 @@ def opened_of_hub(
     found = list_dataset(hub, request["config"], split, revision=revision)
     columns = source.columns
     audio = columns.audio if columns.audio != Columns.audio else adapter.columns.audio
-    size = sum(file.size for file in found.files) / 1e9
-    say(f"{source.name}: {len(found.files)} files of {hub}, {size:.1f} GB; reading the texts")
+    size = told_bytes(sum(file.size for file in found.files))
+    say(f"{source.name}: {len(found.files)} files of {hub}, {size}; reading the texts")
     with held_files(found, audio, folder, job) as (files, held):
         of_dev = None if split == adapter.splits[0] else split  # else rows may tell none
         clip_set = open_source(replace(source, split=of_dev), files=files, held=held)

@@ -173,7 +173,7 @@ def _most_fetched(
     if held is None:
         return 0
     most = sum(heapq.nlargest(at_once, (held.size(_files(work)) for work in works)))
-    say(f"at most {most / 1e9:.3g} GB of the hub's files lie here at a time")
+    say(f"at most {told_bytes(most)} of the hub's files lie here at a time")
     return most
 
 
@@ -223,7 +223,12 @@ def _check_space(folder: Path, need: float) -> None:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(
-            f"{folder}: may need {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            f"{folder}: may need {told_bytes(need)}, and {told_bytes(free)} are free",
             "",
             f"Free space or give another --out. {AGAIN}",
         )
+
+
+def told_bytes(count: int | float) -> str:
+    """A size on disk for the user: in MB, or in GB from one on."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
