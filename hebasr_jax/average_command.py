@@ -96,10 +96,11 @@ class Average:
         """The model's folder with what it is an average of, or nothing."""
         import jax.numpy as jnp
 
+        from hebasr_jax.data.workers import ended_as_by_ctrl_c
         from hebasr_jax.export import new_folder, write_model
         from hebasr_jax.run_folder import write_json
 
-        with new_folder(self.out) as folder:
+        with ended_as_by_ctrl_c(), new_folder(self.out) as folder:
             write_model(
                 choice.params,
                 base.config,

@@ -62,6 +62,7 @@ class Convert:
         import jax.numpy as jnp
         import numpy as np
 
+        from hebasr_jax.data.workers import ended_as_by_ctrl_c
         from hebasr_jax.export import refuse_taken, write_model
         from hebasr_jax.transcribe import load_weights, open_model
 
@@ -73,16 +74,17 @@ class Convert:
         folder, config, layout, _ = open_model(self.source, revision=self.revision)
         _say(f"reading {folder.source} ({layout} layout)")
         params = load_weights(self.source, folder, config, layout, place=np.asarray)
-        write_model(
-            params,
-            config,
-            folder.path,
-            self.destination,
-            self.layout,
-            dtype=self.dtype and jnp.dtype(self.dtype),
-            shard_bytes=int(self.shard_gb * 1e9) if self.shard_gb else None,
-            stamps=self.add_timestamps,
-        )
+        with ended_as_by_ctrl_c():
+            write_model(
+                params,
+                config,
+                folder.path,
+                self.destination,
+                self.layout,
+                dtype=self.dtype and jnp.dtype(self.dtype),
+                shard_bytes=int(self.shard_gb * 1e9) if self.shard_gb else None,
+                stamps=self.add_timestamps,
+            )
         at = f" at {folder.revision}" if folder.revision else ""
         _say(f"wrote {self.destination} ({self.layout} layout) from {folder.source}{at}")
         return 0

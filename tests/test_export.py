@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -218,3 +220,20 @@ def test_our_config_equals_the_released_one_where_both_speak() -> None:
                 assert theirs[key] == value, path + key
 
     compare(ours, released)
+
+
+def test_sigterm_while_a_model_is_written_leaves_nothing(tmp_path) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from hebasr_jax import cli, export\n"
+        "def write(*_, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+        "export.save_params = write\n"
+        "cli.main(sys.argv[1:])"
+    )
+    words = ["convert", tiny_folder(), tmp_path / "new", "--layout", "original"]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "interrupted")
+    assert not list(tmp_path.iterdir())
