@@ -197,12 +197,14 @@ def transcribe(
       UserError: a clip longer than the model takes in one piece; a budget that it cannot have.
     """
     style = style or PromptStyle()
+    for wave in waves:
+        _check_wave(wave)
     contexts = [context] * len(waves) if isinstance(context, str) else list(context)
+    _check_count("contexts", len(contexts), waves)
     made = {text: build_prompt(recognizer.tokenizer, style, context=text) for text in {*contexts}}
     utterances = {}
     budgets = _budgets(waves, max_new_tokens)
     for i, (wave, text, budget) in enumerate(zip(waves, contexts, budgets, strict=True)):
-        _check_wave(wave)
         utterance = Utterance(wave, made[text], budget)
         _check_positions(utterance, recognizer.config.decoder.max_positions)
         if len(wave) >= HOP:
@@ -229,6 +231,8 @@ def transcribe(
 def _budgets(waves: Sequence[np.ndarray], given: int | Sequence[int] | None) -> list[int]:
     if given is None:
         return [token_budget(len(wave)) for wave in waves]
+    if np.ndim(given):
+        _check_count("budgets", len(np.asarray(given)), waves)
     return [int(budget) for budget in np.broadcast_to(np.asarray(given), len(waves))]
 
 
@@ -292,8 +296,20 @@ def token_budget(samples: int) -> int:
     return math.ceil(_TOKENS_PER_S * samples / SAMPLE_RATE) + _TOKENS_SPARE
 
 
-def _check_wave(wave: np.ndarray) -> None:
+def _check_count(what: str, count: int, waves: Sequence[np.ndarray]) -> None:
+    if count != len(waves):
+        told = f"the number of {what}, {count}, is not that of clips, {len(waves)}"
+        raise UserError(told, do="give one for all, not in a list, or one for each")
+
+
+def _check_wave(wave: Any) -> None:
     """Refuses what would give a wrong transcript in silence."""
+    if not hasattr(wave, "dtype"):
+        raise UserError(
+            f"a {type(wave).__name__} is no clip",
+            "clips are arrays: one row of float or int16 samples, at 16 kHz",
+            "give a list of clips, each as numpy.asarray(clip, 'float32')",
+        )
     kind = (np.asarray(wave).dtype.kind, np.asarray(wave).dtype.itemsize)
     if np.ndim(wave) != 1 or not (kind[0] == "f" or kind == ("i", 2)):
         raise UserError(

@@ -1,5 +1,6 @@
 """transcribe(): each clip as if it were alone, within its own budget, through few programs."""
 
+import inspect
 import json
 import os
 import shutil
@@ -118,6 +119,20 @@ def test_a_clip_over_the_limit_is_refused_before_any_is_decoded(recognizer, monk
 def test_what_is_no_clip_is_refused(recognizer, wave) -> None:
     with pytest.raises(UserError, match=r"is no clip|not finite"):
         transcribe(recognizer, [noise(16_000), wave])
+
+
+@pytest.mark.parametrize(
+    ("waves", "options", "told"),
+    [
+        ([noise(16_000)], {"context": ["a", "b"]}, "contexts, 2, is not that of clips, 1"),
+        ([noise(16_000)], {"max_new_tokens": [4, 4]}, "budgets, 2, is not that of clips, 1"),
+        ([noise(160).tolist()], {}, "a list is no clip"),
+        (noise(160), {}, "shape \\(\\) is no clip"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(recognizer, waves, options, told) -> None:
+    with pytest.raises(UserError, match=told):
+        inspect.unwrap(transcribe)(recognizer, waves, **options)  # not as the hook checks it
 
 
 @pytest.fixture(scope="module")
