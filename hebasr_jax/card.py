@@ -26,7 +26,7 @@ from hebasr_jax.card_text import (
 from hebasr_jax.charts import Curve, Point, line_charts_file
 from hebasr_jax.errors import UserError
 from hebasr_jax.hub import is_hub_id
-from hebasr_jax.tracking import interval, percent, read_metrics
+from hebasr_jax.tracking import interval, latest_validations, percent, read_metrics
 
 Facts = Mapping[str, Any]
 CURVE = "training_curve.svg"
@@ -314,10 +314,9 @@ def _charts(lines: Sequence[Facts]) -> list[tuple[str, list[Curve], Any]]:
     """Loss of training and of each dev set, and the WER of each dev set, by step."""
     train = [line for line in lines if line.get("kind") == "train"]
     sets: dict[str, list[Facts]] = {}
-    for line in lines:
-        if line.get("kind") == "validation":
-            for name, scores in (line.get("sets") or {}).items():
-                sets.setdefault(name, []).append({**scores, "step": line["step"]})
+    for line in latest_validations(lines):
+        for name, scores in (line.get("sets") or {}).items():
+            sets.setdefault(name, []).append({**scores, "step": line["step"]})
     named = list(enumerate(sets.items(), 1))
     losses = [Curve("training", _points(train, "loss"))]
     losses += [Curve(clean(name), _points(rows, "loss"), i) for i, (name, rows) in named]

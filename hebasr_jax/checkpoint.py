@@ -7,6 +7,7 @@ its step is whole, or was damaged later. Damaged ones are kept as `<step>.damage
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -167,12 +168,19 @@ class CheckpointStore:
         facts = read_json(self.path(step) / _FACTS)
         return Restored(step, *load(self.path(step), shapes(facts)))
 
-    def record(self, step: int, loss: float | None = None, wer: float | None = None) -> None:
-        """Writes a step's validation into best.json, before or after the step is saved."""
+    def record(
+        self, step: int, loss: float | None = None, wer: float | None = None, scored_on: str = ""
+    ) -> None:
+        """Writes a step's validation into best.json, before or after the step is saved.
+
+        Args:
+          scored_on: names what it is of: only figures of the same are ranked together.
+        """
         if not is_first():
             return
         given = {"loss": loss, "wer": wer}
-        row = {k: v if v is not None and math.isfinite(v) else None for k, v in given.items()}
+        known = {k: v if v is not None and math.isfinite(v) else None for k, v in given.items()}
+        row = {**known, "scored_on": scored_on}
         try:
             write_json(self.best, {**read_json(self.best), str(step): row})
         except UserError as error:
@@ -249,14 +257,29 @@ def kept(
 ) -> set[int]:
     """Of the saved steps those to keep: the last, the best by WER and the best by loss.
 
-    Of equal ones the later is better.
+    Of equal ones the later is better. Figures of other dev data are ranked by themselves, and so
+    outlive a change that is undone.
     """
     ordered = sorted(steps, reverse=True)
     keep = set(ordered[: max(keep_last, 1)])
-    for metric in ("wer", "loss"):
-        rated = [s for s in ordered if table.get(str(s), {}).get(metric) is not None]
-        keep |= set(sorted(rated, key=lambda s: table[str(s)][metric])[:keep_best])
+    kinds = {row.get("scored_on") for row in table.values()}
+    for metric, kind in itertools.product(("wer", "loss"), kinds):
+        rows = {s: table.get(str(s), {}) for s in ordered}
+        rated = [s for s, row in rows.items() if row.get("scored_on") == kind]
+        known = [s for s in rated if rows[s].get(metric) is not None]
+        keep |= set(sorted(known, key=lambda s: rows[s][metric])[:keep_best])
     return keep
+
+
+def figures_of(run: Path) -> dict[str, dict[str, Any]]:
+    """A run's best.json, step -> loss and wer, as far as it may be ranked together.
+
+    Of checkpoints that are there, scored on the same dev data as the newest of them.
+    """
+    table = read_json(run / "best.json")
+    there = {step: row for step, row in table.items() if (run / "checkpoints" / step).is_dir()}
+    kind = there[max(there, key=int)].get("scored_on") if there else None
+    return {step: row for step, row in there.items() if row.get("scored_on") == kind}
 
 
 def load(folder: Path, like: Any, *, part: bool = False) -> tuple[Any, dict[str, Any]]:

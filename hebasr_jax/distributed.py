@@ -145,7 +145,8 @@ def from_all_hosts(value: Any) -> list[Any]:
         return [value]
     own = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(own)))
-    padded = np.pad(own, (0, int(sizes.max()) - len(own)))
+    room = max(1024, 1 << int(sizes.max() - 1).bit_length())  # few sizes: each is compiled
+    padded = np.pad(own, (0, room - len(own)))
     every = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(row[:size])) for row, size in zip(every, sizes, strict=True)]
 
@@ -154,15 +155,15 @@ def on_first(action: Callable[[], T]) -> T | None:
     """Runs `action` on the first host while the others wait; what it gave there, None elsewhere.
 
     Raises:
-      UserError: the first host's, on all: else the others would wait, or tell an error of theirs.
+      UserError: an error of the first host, on the others: else they would blame the connection.
     """
     given, error = None, None
     if is_first():
         try:
             given = action()
-        except UserError as fault:
+        except Exception as fault:
             error = fault
-    told = from_all_hosts(str(error) if error else "")[0]
-    if told:
-        raise error or UserError(told)
+    told = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    if first := from_all_hosts(error and f"{told}{error}")[0]:
+        raise error or UserError("the first process of the run ended", first)
     return given

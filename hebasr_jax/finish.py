@@ -22,6 +22,7 @@ import jax
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.average import Choice, compare, describe, finite
 from hebasr_jax.card import write_card
+from hebasr_jax.checkpoint import figures_of
 from hebasr_jax.data.adapters import filled
 from hebasr_jax.data.clips import Clip, ClipSet, synthetic_warnings
 from hebasr_jax.data.shards import read_origin
@@ -96,7 +97,7 @@ def choose(run: Run) -> Choice:
     Where no dev set was scored, or none has a word, the newest checkpoint.
     """
     setup, config, average = run.setup, run.setup.config, run.setup.config.average
-    figures = [row.get(average.by) for row in read_json(run.store.best).values()]
+    figures = [row.get(average.by) for row in figures_of(run.folder).values()]
     if not any(figure is not None for figure in figures):
         newest = run.store.steps()[-1]
         name = f"step {newest}"

@@ -1,15 +1,16 @@
 """Which checkpoints are averaged, and with what weights."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from hebasr_jax.checkpoint import find_fault
+from hebasr_jax.checkpoint import figures_of, find_fault
 from hebasr_jax.errors import UserError
-from hebasr_jax.run_changes import differences, validated_on
+from hebasr_jax.run_changes import differences
 from hebasr_jax.run_folder import read_json
 
 Say = Callable[[str], None]
@@ -152,7 +153,7 @@ def _best_whole(pool: Sequence[Member], best: int, by: Figure, say: Say) -> list
 
 def _member(checkpoint: Path, several: bool) -> Member:
     run = run_of(checkpoint)
-    row = read_json(run / "best.json").get(checkpoint.name, {})
+    row = figures_of(run).get(checkpoint.name, {})
     name = f"step {checkpoint.name}"
     return Member(f"{run} {name}" if several else name, checkpoint, row.get("loss"), row.get("wer"))
 
@@ -180,10 +181,17 @@ def _refuse_other_models(runs: Sequence[Path]) -> None:
 def _refuse_other_dev_sets(runs: Sequence[Path]) -> None:
     """Refuses to rank figures of different dev sets against each other."""
 
-    for run in runs[1:]:
-        if changed := list(differences(validated_on(runs[0]), validated_on(run)).values()):
+    def asked(run: Path) -> dict[str, Any]:
+        config = read_json(run / "config.json")
+        names = (at for at in config if re.match(r"data\.dev|validation\.max_clips|text\.lang", at))
+        return {at: config[at].get("value") for at in names}
+
+    on = [{row.get("scored_on") for row in figures_of(run).values()} for run in runs]
+    for run, theirs in zip(runs[1:], on[1:], strict=True):
+        if on[0] and theirs and theirs != on[0]:
+            changed = differences(asked(runs[0]), asked(run)).values()
             raise UserError(
                 f"the checkpoints of {runs[0]} and {run} cannot be ranked together",
-                f"their validations differ: {changed[0]}",
+                f"their dev data differ: {next(iter(changed), 'clips, texts or tokenizer')}",
                 "name the checkpoints to average, such as RUN/checkpoints/STEP",
             )

@@ -29,7 +29,7 @@ from hebasr_jax.page import (
     write_page,
 )
 from hebasr_jax.report_final import final_section
-from hebasr_jax.tracking import interval, percent, read_metrics
+from hebasr_jax.tracking import interval, latest_validations, percent, read_metrics
 
 Line = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ def write_report(run_folder: Path) -> Path:
     lines = read_metrics(run_folder / "metrics.jsonl")
     train = [line for line in lines if line.get("kind") == "train"]
     skipped = [Point(line["step"], math.nan) for line in lines if line.get("kind") == "skipped"]
-    validations = [line for line in lines if line.get("kind") == "validation"]
+    validations = latest_validations(lines)
     quarantine = read_rows(run_folder / "quarantine.jsonl")
     sections = {
         "": _headline(train, validations, len(quarantine)),

@@ -1,4 +1,4 @@
-"""What may change between two starts of a run, and what its scores hang on."""
+"""What may change between two starts of a run."""
 
 import json
 import re
@@ -23,38 +23,7 @@ MAY_CHANGE = (
 """Config values that a resumed run may change: none of them says what a step learns or what a
 validation is over. Epochs and steps are not among them, since the rate schedule hangs on them."""
 
-SCORED_WITH = (
-    "validation.max_clips",
-    "text.language",
-    "text.language_in_prompt",
-    "data.max_clip_s",
-    "data.max_text_tokens",
-)
-"""Config values that say, with the dev sets and the tokenizer, what a validation is of."""
-
 _SHOWN = 3  # differences named in a message
-
-
-def validated_on(folder: Path) -> dict[str, Any]:
-    """`scored_on` of a run's last start."""
-    config, env = read_json(folder / "config.json"), read_json(folder / "env.json")
-    return scored_on(config, env.get("fixed", {}))
-
-
-def scored_on(config: Mapping[str, Mapping[str, Any]], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's validations are of: their figures may be ranked where all of it is equal.
-
-    Args:
-      config, fixed: as for `changes_since`.
-    """
-    values = _values(config)
-    names = [v for at, v in values.items() if re.fullmatch(r"data\.dev\.\d+\.name", at)]
-    sets = {f"data.dev {name}": fixed.get("data", {}).get(name) for name in names}
-    return {
-        **sets,
-        **{at: values.get(at) for at in SCORED_WITH},
-        "tokenizer": fixed.get("tokenizer"),
-    }
 
 
 def changes_since(
@@ -85,7 +54,7 @@ def changes_since(
     known = {n: entry for n, entry in config.items() if n in old or n not in at_defaults}
     new, fixed = json.loads(json.dumps([known, fixed]))  # tuples as lists, as they are read back
     values = differences(_values(old), _values(new))
-    facts = {} if fixed is None else differences(_flat(env.get("fixed", {})), _flat(fixed))
+    facts = {} if fixed is None else differences(leaves(env.get("fixed", {})), leaves(fixed))
     others = list(facts.values())
     refused = [line for name, line in values.items() if not free_to_change(name)] + others
     if refused and not accept_changes:
@@ -123,11 +92,11 @@ def _values(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: entry["value"] for name, entry in config.items()}
 
 
-def _flat(tree: Any, name: str = "") -> dict[str, Any]:
+def leaves(tree: Any, name: str = "") -> dict[str, Any]:
     """The leaves of nested JSON objects by dotted names."""
     if not isinstance(tree, dict):
         return {name: tree}
-    pairs = [_flat(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
+    pairs = [leaves(value, f"{name}.{key}" if name else key) for key, value in tree.items()]
     return {path: leaf for pair in pairs for path, leaf in pair.items()}
 
 

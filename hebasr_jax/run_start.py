@@ -10,12 +10,14 @@ import numpy as np
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.config_file import LoadedConfig, at_defaults, dump
 from hebasr_jax.data.plan import plan_table
+from hebasr_jax.distributed import from_all_hosts
+from hebasr_jax.errors import UserError
 from hebasr_jax.finish import trained_on
-from hebasr_jax.run_changes import changes_since, scored_on, validated_on
+from hebasr_jax.run_changes import changes_since, differences, leaves
 from hebasr_jax.run_folder import prepare_layout, record_start, write_json
 from hebasr_jax.run_setup import Setup
 from hebasr_jax.running import Say
-from hebasr_jax.tracking import MetricsLog, put_aside, set_aside
+from hebasr_jax.tracking import MetricsLog, put_aside
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,22 @@ def lay_out_anew(folder: Path, loaded: LoadedConfig, *, accept_changes: bool) ->
     if not anew:
         changes_since(folder, dump(loaded), None, at_defaults=at_defaults(loaded.config))
     return anew
+
+
+def refuse_unlike(start: Start) -> None:
+    """Refuses processes of one run with other configs or data: their steps would be of no batch.
+
+    All of them call it.
+    """
+    values = {at: entry["value"] for at, entry in dump(start.loaded).items()}
+    hosts = [{**told, **leaves(facts)} for told, facts in from_all_hosts([values, start.facts])]
+    for number, other in enumerate(hosts):
+        if unlike := list(differences(hosts[0], other).values()):
+            raise UserError(
+                f"processes 0 and {number} of the run are not of one mind",
+                "; ".join(unlike[:3]),
+                "give all of them the same config, and the same files at its paths",
+            )
 
 
 def check(start: Start, *, accept_changes: bool) -> list[str]:
@@ -70,9 +88,6 @@ def check(start: Start, *, accept_changes: bool) -> list[str]:
 def record(start: Start, changes: Sequence[str], resumed: int | None) -> MetricsLog:
     """Writes down a start that will go on; its metrics.jsonl.
 
-    Records that no longer hold are kept under other names: all of a run that left no checkpoint,
-    and best.json where validations are of other data than before.
-
     Args:
       changes: what `check` gave.
       resumed: the step that the run goes on from; None: it begins.
@@ -81,9 +96,6 @@ def record(start: Start, changes: Sequence[str], resumed: int | None) -> Metrics
     write_json(folder / "plan.json", plan_tables(start.setup))
     if resumed is None:
         put_aside(folder, start.say)
-    elif validated_on(folder) != scored_on(config, start.facts):
-        start.say("validations are of other data than before: checkpoints are ranked anew")
-        set_aside(folder / "best.json", start.say)
     record_start(folder, config, start.facts, changes, about={"data": trained_on(start.setup)})
     return MetricsLog(folder / "metrics.jsonl", resumed)
 

@@ -14,7 +14,7 @@ from hebasr_jax.stages import Part
 from hebasr_jax.throughput import Window, Work
 from hebasr_jax.tracking import MetricsLog
 from hebasr_jax.train_step import StepMetrics, TrainState
-from hebasr_jax.validate import DevSet
+from hebasr_jax.validate import DevSet, scored_on
 
 Say = Callable[[str], None]
 
@@ -65,6 +65,11 @@ class Run:
     say: Say
     programs: dict[Any, Any] = field(default_factory=dict)
     dev_sets: list[DevSet] = field(default_factory=list)
+
+    @property
+    def scored_on(self) -> str:
+        """What its validations are of."""
+        return scored_on(self.dev_sets, self.setup.config, self.setup.tokenizer_sha256)
 
     def part(self, trainee: Trainee) -> Part:
         """The stage that the run is in."""

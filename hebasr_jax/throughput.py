@@ -63,19 +63,21 @@ class Window:
     paused_s: float = 0.0
     began_s: float = field(default_factory=time.perf_counter)
 
-    def restart(self) -> None:
-        """Time counts from now."""
-        self.waited_s, self.paused_s, self.began_s = 0.0, 0.0, time.perf_counter()
+    def restart(self, now_s: float | None = None) -> None:
+        """Time counts from now, or from a reading of the clock."""
+        self.waited_s, self.paused_s = 0.0, 0.0
+        self.began_s = time.perf_counter() if now_s is None else now_s
 
     def line(self, step: int, steps: int, epoch: float, rates: Mapping[str, float]) -> dict:
         """The line of metrics.jsonl for the steps since the last one; begins the next window.
 
         All hosts call it: work is that of all, the wait and the memory those of the worst.
         """
-        taken_s = max(time.perf_counter() - self.began_s - self.paused_s, 1e-9)
+        now_s = time.perf_counter()
+        taken_s = max(now_s - self.began_s - self.paused_s, 1e-9)
         names = [entry.name for entry in fields(Work)]
         own = {name: sum(getattr(w, name) for w in self.work) for name in names}
-        hosts = from_all_hosts([own, self.waited_s, peak_bytes()])
+        hosts = from_all_hosts([own, self.waited_s / taken_s, peak_bytes()])
         work = {name: sum(sums[name] for sums, _, _ in hosts) for name in names}
         finite = [loss for loss in self.losses if np.isfinite(loss)]
         told = {
@@ -91,12 +93,12 @@ class Window:
             "tflops": work["flops"] / taken_s / self.devices / 1e12,
             "padding_audio": 1 - work["frames"] / max(work["frames_computed"], 1),
             "padding_text": 1 - work["positions"] / max(work["positions_computed"], 1),
-            "data_wait_share": max(waited_s for _, waited_s, _ in hosts) / taken_s,
+            "data_wait_share": max(waited for _, waited, _ in hosts),
             "skipped": self.skipped,
             "memory_bytes": max((peak for _, _, peak in hosts if peak), default=None),
         }
         self.losses, self.work = [], []
-        self.restart()
+        self.restart(now_s)  # of waiting for the other hosts too
         return told
 
 

@@ -17,7 +17,8 @@ kind "validation", with the weights after `step` steps (0: before training):
   step, sets {name: {loss, wer, ci95 [low, high], cer, cer_ci95, hits, substitutions, deletions,
   insertions, words, clips, empty, left_out, samples [{id, group, reference, hypothesis}]}}: what
   `metrics.score` gives, the loss per target token, the clips that were not scored, and texts as
-  they are, before normalisation.
+  they are, before normalisation; scored_on (names the dev data: validations compare only where it
+  is equal).
 kind "skipped", for a step without a finite gradient, which changed nothing:
   step, loss, grad_norm, epoch, batch, clips [ids]. The report marks it on the loss curve.
 Other kinds, and further keys, may be written; they are kept and not shown.
@@ -88,16 +89,19 @@ def put_aside(folder: Path, say: Callable[[str], None]) -> None:
     if not any(line["kind"] == "train" for line in read_metrics(folder / "metrics.jsonl")):
         return
     say(f"{folder} was trained but has no checkpoint: it begins again at step 0")
-    for name in ("metrics.jsonl", "best.json"):
-        set_aside(folder / name, say)
+    for name in ("best.json", "metrics.jsonl"):  # the latter says that this is to be done
+        file = folder / name
+        if file.exists():
+            numbered = (folder / f"{name}.{n}" for n in range(1, 1000))
+            kept = file.rename(next(path for path in numbered if not path.exists()))
+            say(f"the old record is {kept}")
 
 
-def set_aside(file: Path, say: Callable[[str], None]) -> None:
-    """Renames a record, if it is there, to the first free `<name>.1`, `<name>.2`, ..."""
-    if file.exists():
-        numbered = (file.with_name(f"{file.name}.{n}") for n in range(1, 1000))
-        kept = file.rename(next(path for path in numbered if not path.exists()))
-        say(f"the old record is {kept}")
+def latest_validations(lines: Sequence[Line]) -> list[Line]:
+    """Of validations those that compare with the newest: after other dev data those of before do
+    not."""
+    told = [line for line in lines if line.get("kind") == "validation"]
+    return [line for line in told if line.get("scored_on") == told[-1].get("scored_on")]
 
 
 def describe(line: Line) -> str:

@@ -31,10 +31,9 @@ from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
     open_run,
-    read_json,
 )
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up
-from hebasr_jax.run_start import Start, check, lay_out_anew, record
+from hebasr_jax.run_start import Start, check, lay_out_anew, record, refuse_unlike
 from hebasr_jax.running import Run, Say, Trainee, tell, tell_pending
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
 from hebasr_jax.sinks import check_sinks, open_sinks
@@ -71,6 +70,7 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         fresh = on_first(lambda: lay_out_anew(folder, loaded, accept_changes=accept_changes))
         setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=bool(fresh))
         start = Start(loaded, folder, setup, fixed_facts(setup), say)
+        refuse_unlike(start)
         changes = on_first(lambda: check(start, accept_changes=accept_changes))
         store = stack.enter_context(
             CheckpointStore(
@@ -301,29 +301,33 @@ def validate_if_due(run: Run, trainee: Trainee) -> bool:
         save(run, trainee)
         return False
     if step:  # before the line: a run that ends between the two scores this step again
-        run.store.record(step, *(mean_of(scores, name) for name in ("loss", "wer")))
-    tell(run, {"kind": "validation", "step": step, "sets": scores})
+        rank(run, step, scores)
+    tell(run, {"kind": "validation", "step": step, "sets": scores, "scored_on": run.scored_on})
     return True
 
 
-def mean_of(scores: Mapping[str, Any], name: str) -> float:
-    """Mean over the dev sets that have the figure: a set of silence has no WER."""
-    known = [s[name] for s in scores.values() if np.isfinite(s[name])]
-    return float(np.mean(known)) if known else float("nan")
+def rank(run: Run, step: int, scores: Mapping[str, Any]) -> None:
+    """Puts a step's means over the dev sets into best.json; a set of silence has no WER."""
+
+    def mean(name: str) -> float:
+        figures = [s[name] for s in scores.values() if s[name] is not None]
+        known = [figure for figure in figures if np.isfinite(figure)]
+        return float(np.mean(known)) if known else float("nan")
+
+    run.store.record(step, mean("loss"), mean("wer"), run.scored_on)
 
 
 def validated(run: Run, step: int) -> bool:
-    """Whether this step was validated before a resume, on the dev data of now.
+    """Whether metrics.jsonl has this step's validation on the same data, from before a resume.
 
-    That of step 0 is in no ranking, and never asked for again: a run without a step begins anew.
+    Its figures are then those in best.json, where others may stand since.
     """
-
-    def found() -> bool:
-        lines = read_metrics(run.folder / "metrics.jsonl")
-        told = any(line["kind"] == "validation" and line["step"] == step for line in lines)
-        return told and str(step) in read_json(run.store.best)
-
-    return any_host(is_first() and found())
+    wanted = ("validation", step, run.scored_on)
+    lines = read_metrics(run.folder / "metrics.jsonl") if is_first() else []
+    found = [x for x in lines if (x["kind"], x["step"], x.get("scored_on")) == wanted]
+    if found and step:
+        rank(run, step, found[-1]["sets"])
+    return any_host(bool(found))
 
 
 def whole_weights(setup: Setup, state: TrainState) -> Any:

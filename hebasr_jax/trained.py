@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hebasr_jax.checkpoint import find_fault, load
+from hebasr_jax.checkpoint import figures_of, find_fault, load
 from hebasr_jax.errors import UserError
 from hebasr_jax.optim import join
 from hebasr_jax.paths import Tree, nested
@@ -29,7 +29,7 @@ def find_checkpoint(source: str) -> Path | None:
         raise UserError(
             f"{source} has no finished checkpoint", "it was not trained yet", "train it first"
         )
-    table = read_json(path / "best.json")
+    table = figures_of(path)
 
     def rank(step: int) -> tuple[float, float, int]:
         row = table.get(str(step), {})

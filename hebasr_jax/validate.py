@@ -4,6 +4,7 @@ A dev set is cut into batches of few shapes once, for the loss of the reference 
 hypotheses come from `transcribe`, the same code that a user runs.
 """
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from hebasr_jax.data.sources import open_sources
 from hebasr_jax.distributed import from_all_hosts, local_copy, place_whole, to_host
 from hebasr_jax.features import HOP
 from hebasr_jax.hub import ModelFolder
+from hebasr_jax.identity import key_of
 from hebasr_jax.loss import next_token_loss
 from hebasr_jax.metrics import score
 from hebasr_jax.model.asr import Params, bind
@@ -46,11 +48,13 @@ class DevSet:
 
     batches: shape, arrays on the host, and the clip of each row; None fills the batch.
     left_out: clips that cannot be read or that no model can take, by reason; scores tell how many.
+    digest: changes with the clips: their ids, texts, languages, sounds.
     """
 
     name: str
     batches: tuple[tuple[Bucket, Batch, tuple[Clip | None, ...]], ...]
     left_out: Mapping[str, int]
+    digest: str
 
 
 @partial(jax.jit, static_argnames=("config", "compute", "audio_s"))
@@ -104,8 +108,29 @@ def load_dev_sets(
         left_out = dict(feed.left_out.get(whole.name, {}))
         if unread := len(whole.clips[: config.validation.max_clips]) - len(good.clips):
             left_out["cannot be read"] = unread
-        found.append(DevSet(whole.name, tuple(batches), left_out))
+        found.append(DevSet(whole.name, tuple(batches), left_out, _digest(batches)))
     return found
+
+
+def scored_on(dev_sets: Sequence[DevSet], config: Config, tokenizer_sha256: str) -> str:
+    """Names what validations are of: only where it is equal may their figures be ranked together.
+
+    Limits that leave no clip out, and how clips lie in batches, make no difference.
+    """
+    sets = sorted((dev.name, dev.digest) for dev in dev_sets)
+    style = [config.text.language, config.text.language_in_prompt, config.compute.dtype]
+    return key_of([sets, style, tokenizer_sha256])[:16]
+
+
+def _digest(batches: Sequence[tuple[Bucket, Batch, tuple[Clip | None, ...]]]) -> str:
+    digests = []
+    for _, batch, clips in batches:
+        for row, clip in enumerate(clips):
+            if clip is not None:
+                sound = np.ascontiguousarray(batch.wave_BS[row, : batch.samples_B[row]])
+                heard = hashlib.sha256(sound.view(np.uint8).data).hexdigest()
+                digests.append(key_of([clip.id, clip.text, clip.language, heard]))
+    return key_of(sorted(digests))
 
 
 def _check_sound(bucket: Bucket, batch: Batch, waves: Sequence[np.ndarray]) -> None:

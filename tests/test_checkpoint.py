@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hebasr_jax import checkpoint
-from hebasr_jax.checkpoint import CheckpointStore, find_fault, kept, load
+from hebasr_jax.checkpoint import CheckpointStore, figures_of, find_fault, kept, load
 from hebasr_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -270,7 +270,26 @@ def test_old_checkpoints_go_and_the_best_stay(tmp_path) -> None:
             store.record(step, loss, wer)
         store.wait()
         assert store.steps() == [1, 2, 6]
-    assert json.loads((tmp_path / "best.json").read_text())["4"] == {"loss": None, "wer": 0.7}
+    assert json.loads((tmp_path / "best.json").read_text())["4"] == {
+        "loss": None,
+        "wer": 0.7,
+        "scored_on": "",
+    }
+
+
+def test_figures_of_other_dev_data_are_ranked_by_themselves(tmp_path) -> None:
+    """A change of dev data that is undone has lost no checkpoint, and none is ranked by both."""
+    wers = {1: 0.1, 2: 0.2, 3: 0.9, 4: 0.8}
+    with _store(tmp_path, keep_last=1, keep_best=1) as store:
+        for step, wer in wers.items():
+            store.save(step, _state(step), {})
+            store.record(step, wer=wer, scored_on="old" if step < 3 else "new")
+        store.save(5, _state(5), {})
+        store.wait()
+        assert store.steps() == [1, 4, 5]
+    assert figures_of(tmp_path).keys() == {"4"}
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert figures_of(tmp_path).keys() == {"1"}
 
 
 def test_a_step_that_is_there_is_not_saved_again(tmp_path) -> None:

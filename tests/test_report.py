@@ -185,6 +185,15 @@ def test_bad_clips_are_counted_by_reason_with_the_first_as_an_example(tmp_path) 
     assert table.endswith("crowd cut 3 b: y crowd silent 1 a: x")
 
 
+def test_validations_of_other_dev_data_are_not_shown_beside_those_of_now(tmp_path) -> None:
+    lines = [validation(step, {"d1": wer}) for step, wer in ((1, 0.111), (2, 0.666), (2, 0.555))]
+    for line, data in zip(lines, ("old", "old", "new"), strict=True):
+        line["scored_on"] = data
+    text = write_report(write_run(tmp_path, *lines)).read_text(encoding="utf-8")
+    assert "55.5" in text
+    assert not re.search(r"11\.1|66\.6", text)
+
+
 def test_undefined_numbers_are_said_to_be_so(tmp_path) -> None:
     told = score(["", ""], ["א", ""], resamples=9, seed=0)
     lines = [train(1, math.nan), {"kind": "validation", "step": 1, "sets": {"x": told}}]

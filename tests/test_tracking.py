@@ -16,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hebasr_jax.errors import UserError
-from hebasr_jax.tracking import MetricsLog, describe, read_metrics, training_display
+from hebasr_jax.tracking import (
+    MetricsLog,
+    describe,
+    put_aside,
+    read_metrics,
+    training_display,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -261,3 +267,19 @@ def _read(master: int) -> bytes:
         return os.read(master, 4096)
     except OSError:
         return b""
+
+
+def test_a_record_that_was_put_aside_by_half_is_put_aside_by_the_next_start(tmp_path) -> None:
+    """Killed between the two files, figures of before stood in the new run's ranking."""
+    log = MetricsLog(tmp_path / "metrics.jsonl", None)
+    log.append(train(1))
+    (tmp_path / "best.json").write_text("{}")
+
+    def killed(line: str) -> None:
+        if "the old record" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        put_aside(tmp_path, killed)
+    put_aside(tmp_path, lambda line: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl.1", "best.json.1"}

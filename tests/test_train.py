@@ -19,6 +19,7 @@ from tone_runs import (
     validations,
 )
 
+from hebasr_jax.checkpoint import figures_of
 from hebasr_jax.cli import main
 from hebasr_jax.config import model_config, read_config
 from hebasr_jax.paths import flat
@@ -120,7 +121,8 @@ def test_validation_comes_at_step_0_every_ten_steps_and_at_the_end(whole) -> Non
         assert held["clips"] == 12
         assert held["hits"] + held["substitutions"] + held["deletions"] == held["words"]
         if line["step"]:
-            assert best[str(line["step"])] == {"loss": held["loss"], "wer": held["wer"]}
+            figures = {"loss": held["loss"], "wer": held["wer"]}
+            assert best[str(line["step"])] == figures | {"scored_on": line["scored_on"]}
 
 
 def test_the_broken_clip_is_on_record_and_the_run_went_on(whole) -> None:
@@ -155,19 +157,20 @@ def test_other_dev_data_ranks_checkpoints_anew(space, whole, monkeypatch, capsys
     monkeypatch.setattr("hebasr_jax.train.compile_programs", lambda *_: {})
     run = space / "runs" / "judged"
     shutil.copytree(whole, run)
-    old = (run / "best.json").read_bytes()
+    old = validations(run)[-1]
 
-    def go(*words: str) -> str:
-        few = settings("name=judged", "validation.max_clips=6")
-        assert main(["train", "--config", "config.py", *few, *words]) == 0
-        return capsys.readouterr().err
+    def go(*words: str) -> list[dict]:
+        assert main(["train", "--config", "config.py", *settings("name=judged"), *words]) == 0
+        return validations(run)
 
-    assert "checkpoints are ranked anew" in go("--accept-changes")
-    assert (run / "best.json.1").read_bytes() == old
-    last = validations(run)[-1]
-    assert [line["step"] for line in validations(run)] == [0, 10, 20, 30, 30]
-    assert last["sets"]["held"]["clips"] == 6
-    figures = {name: last["sets"]["held"][name] for name in ("loss", "wer")}
-    assert json.loads((run / "best.json").read_text()) == {"30": figures}
-    assert "anew" not in go()
-    assert len(validations(run)) == 5
+    few = [*settings("validation.max_clips=6"), "--accept-changes"]
+    new = go(*few)[-1]
+    assert [line["step"] for line in go(*few)] == [0, 10, 20, 30, 30]
+    assert new["sets"]["held"]["clips"] == 6
+    figures = {name: new["sets"]["held"][name] for name in ("loss", "wer")}
+    assert figures_of(run) == {"30": figures | {"scored_on": new["scored_on"]}}
+    assert len(go("--accept-changes")) == 5  # undone
+    assert figures_of(run)["30"]["wer"] == old["sets"]["held"]["wer"]
+    assert figures_of(run).keys() == {"10", "20", "30"}
+    # As many clips as there are is no other data.
+    assert len(go(*settings("validation.max_clips=None"), "--accept-changes")) == 5

@@ -134,6 +134,19 @@ def test_an_error_of_the_second_host_alone_ends_both(told) -> None:
     assert time.monotonic() - began < 150
 
 
+def test_processes_with_other_settings_are_no_run(told) -> None:
+    """Each would train on batches of its own, or wait for the other for ever."""
+    hosts, port = [], free_port()
+    for number in (0, 1):
+        words = ("--coordinator", f"localhost:{port}", "--processes", "2", "--process", str(number))
+        other = settings(*CHANGES, "name=unlike", f"train.log_steps={number + 1}")
+        hosts.append(start(told.space, *other, *words))
+    for host in reversed(hosts):
+        said = end(host, 1)
+        assert "processes 0 and 1 of the run are not of one mind" in said
+        assert "train.log_steps: 1 -> 2" in said
+
+
 def test_only_the_first_host_speaks(told) -> None:
     assert "compiled 8 x" in told.first
     assert [line for line in told.second.splitlines() if line] == [
@@ -149,6 +162,7 @@ def test_losses_weights_and_wer_are_those_of_one_host(told) -> None:
     for ours, theirs in zip(validations(told.two), validations(told.one), strict=True):
         mine, other = ours["sets"]["held"], theirs["sets"]["held"]
         assert ours["step"] == theirs["step"]
+        assert ours["scored_on"] == theirs["scored_on"]
         assert mine.pop("loss") == pytest.approx(other.pop("loss"), rel=1e-5)
         assert mine == other
     ours, theirs = arrays(told.two, 10), arrays(told.one, 10)

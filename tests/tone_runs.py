@@ -187,7 +187,7 @@ def losses(run: Path) -> list[float]:
 def validations(run: Path) -> list[dict[str, Any]]:
     """The lines of kind validation, without the time."""
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "validation"]
-    return [{key: line[key] for key in ("step", "sets")} for line in lines]
+    return [{key: line[key] for key in ("step", "sets", "scored_on")} for line in lines]
 
 
 def checkpoints(run: Path) -> list[int]:
