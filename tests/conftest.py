@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 import cpu_programs
@@ -49,6 +50,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, absent in _ABSENT.items():
             if absent and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=_REASONS[name]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test printed, as UTF-8: pytest-xdist ends the run over a name that is not."""
+    report = yield
+    report.sections = [
+        (name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
