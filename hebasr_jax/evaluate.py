@@ -194,8 +194,9 @@ def _decode_once(
         say(f"{one.name}: {others} clips say another language; all are decoded as {_LANGUAGE}")
     with writing(folder, "Then run the same command again."):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in ("compare.json", "overlap.json", f"{folder.name}/decoding.json"):
-            (folder.parent / old).unlink(missing_ok=True)  # of the set as it was
+        of_the_set = ("overlap.json", f"{folder.name}/decoding.json") if done else ()
+        for old in ("compare.json", *of_the_set):  # of what the folder held
+            (folder.parent / old).unlink(missing_ok=True)
     rows, missing, facts = _recognise(system, clips, opened.draws, settings.cutting)
     write_hypotheses(folder / "hypotheses.jsonl", rows)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in missing]

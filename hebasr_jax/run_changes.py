@@ -37,7 +37,7 @@ def changes_since(
     """Every difference to the last start of a run, as `name: old -> new`; worth a line each.
 
     Until a first checkpoint is there, anything may change. A setting that the version of the last
-    start did not have is no change where it is at its default.
+    start did not have is no change where it is at its default; a fact of its kind is none at all.
 
     Args:
       config: {"optim.beta1": {"value": 0.9, "origin": "default"}, ...}
@@ -50,11 +50,13 @@ def changes_since(
     """
     if not was_trained(folder):
         return []
-    old, env = read_json(folder / "config.json"), read_json(folder / "env.json")
+    old, then = read_json(folder / "config.json"), read_json(folder / "env.json").get("fixed", {})
+    if fixed is not None and then:
+        fixed = {name: value for name, value in fixed.items() if name in then}
     known = {n: entry for n, entry in config.items() if n in old or n not in at_defaults}
     new, fixed = json.loads(json.dumps([known, fixed]))  # tuples as lists, as they are read back
     values = differences(_values(old), _values(new))
-    facts = {} if fixed is None else differences(leaves(env.get("fixed", {})), leaves(fixed))
+    facts = {} if fixed is None else differences(leaves(then), leaves(fixed))
     others = list(facts.values())
     refused = [line for name, line in values.items() if not free_to_change(name)] + others
     if refused and not accept_changes:

@@ -89,6 +89,11 @@ def open_run(folder: Path) -> Iterator[None]:
       UserError: another run holds the folder, or it cannot be made.
     """
     try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        why = "its path is not UTF-8, and checkpoints cannot be saved below it"
+        raise UserError(f"{folder} cannot hold a run", why, "set another runs_dir") from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         do = "wait for that run or stop it, or set another name"
         handle = take_lock(folder / ".lock", "a run", do)

@@ -13,11 +13,13 @@ from hebasr_jax.data.plan import plan_table
 from hebasr_jax.distributed import from_all_hosts
 from hebasr_jax.errors import UserError
 from hebasr_jax.finish import trained_on
-from hebasr_jax.run_changes import changes_since, differences, leaves
+from hebasr_jax.run_changes import changes_since, differences
 from hebasr_jax.run_folder import prepare_layout, record_start, write_json
 from hebasr_jax.run_setup import Setup
 from hebasr_jax.running import Say
 from hebasr_jax.tracking import MetricsLog, put_aside
+
+_OF_A_MACHINE = ("data.threads", "data.prefetch_batches", "compute.cache_dir")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +45,18 @@ def lay_out_anew(folder: Path, loaded: LoadedConfig, *, accept_changes: bool) ->
     return anew
 
 
-def refuse_unlike(start: Start) -> None:
-    """Refuses processes of one run with other configs or data: their steps would be of no batch.
+def settings(loaded: LoadedConfig) -> dict[str, Any]:
+    """The values of a config that all processes of a run share; the others are a machine's own."""
+    values = {at: entry["value"] for at, entry in dump(loaded).items()}
+    return {at: value for at, value in values.items() if at not in _OF_A_MACHINE}
 
-    All of them call it.
+
+def refuse_unlike(own: Mapping[str, Any]) -> None:
+    """Refuses processes of one run that were told different things: all of them call it.
+
+    Each would train on batches of its own, or wait for ever for what another does not do.
     """
-    values = {at: entry["value"] for at, entry in dump(start.loaded).items()}
-    hosts = [{**told, **leaves(facts)} for told, facts in from_all_hosts([values, start.facts])]
+    hosts = from_all_hosts(dict(own))
     for number, other in enumerate(hosts):
         if unlike := list(differences(hosts[0], other).values()):
             raise UserError(

@@ -27,19 +27,20 @@ from hebasr_jax.optim import join, rate_table
 from hebasr_jax.program_cache import keep_programs
 from hebasr_jax.rate_tables import stage_lines
 from hebasr_jax.report import write_report
+from hebasr_jax.run_changes import leaves
 from hebasr_jax.run_folder import (
     EXIT_RUN_AGAIN,
     StopSignal,
     open_run,
 )
 from hebasr_jax.run_setup import Setup, compile_steps, fixed_facts, load_state, set_up
-from hebasr_jax.run_start import Start, check, lay_out_anew, record, refuse_unlike
+from hebasr_jax.run_start import Start, check, lay_out_anew, record, refuse_unlike, settings
 from hebasr_jax.running import Run, Say, Trainee, tell, tell_pending
 from hebasr_jax.sharding import bytes_per_device, replicated, rows
 from hebasr_jax.sinks import check_sinks, open_sinks
 from hebasr_jax.stages import Part, checked_rates, enter, state_shapes
 from hebasr_jax.throughput import Window, work_of
-from hebasr_jax.tracking import read_metrics, training_display
+from hebasr_jax.tracking import latest_validations, read_metrics, training_display
 from hebasr_jax.train_step import TrainState, cast
 from hebasr_jax.upload import has_token
 from hebasr_jax.validate import DevSet, load_dev_sets, validate
@@ -64,13 +65,14 @@ def train(loaded: LoadedConfig, say: Say, *, accept_changes: bool = False) -> in
         check_sinks(config.tracking.sinks)
         if (repo := repository(config)) and not has_token():
             say(f"warning: {repo}: no token; set HF_TOKEN or `hf auth login` before the end")
+        refuse_unlike(settings(loaded))
         on_first(lambda: stack.enter_context(open_run(folder)))
         if config.compute.cache_dir:
             keep_programs(config.compute.cache_dir)
         fresh = on_first(lambda: lay_out_anew(folder, loaded, accept_changes=accept_changes))
         setup = set_up(config, folder / "model", folder / "quarantine.jsonl", fresh=bool(fresh))
         start = Start(loaded, folder, setup, fixed_facts(setup), say)
-        refuse_unlike(start)
+        refuse_unlike(leaves(start.facts))
         changes = on_first(lambda: check(start, accept_changes=accept_changes))
         store = stack.enter_context(
             CheckpointStore(
@@ -324,7 +326,8 @@ def validated(run: Run, step: int) -> bool:
     """
     wanted = ("validation", step, run.scored_on)
     lines = read_metrics(run.folder / "metrics.jsonl") if is_first() else []
-    found = [x for x in lines if (x["kind"], x["step"], x.get("scored_on")) == wanted]
+    latest = latest_validations(lines)  # not one from before a change that is undone
+    found = [x for x in latest if (x["kind"], x["step"], x.get("scored_on")) == wanted]
     if found and step:
         rank(run, step, found[-1]["sets"])
     return any_host(bool(found))

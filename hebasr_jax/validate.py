@@ -21,7 +21,7 @@ from jaxtyping import Array
 from hebasr_jax.audio import SAMPLE_RATE
 from hebasr_jax.config import ModelConfig
 from hebasr_jax.data.clips import BadClip, Batch, Clip, ClipSet, group_field
-from hebasr_jax.data.pipeline import load_batch, make_feed
+from hebasr_jax.data.pipeline import check_length, load_batch, make_feed
 from hebasr_jax.data.plan import Bucket
 from hebasr_jax.data.quality import Quarantine
 from hebasr_jax.data.sources import open_sources
@@ -102,8 +102,8 @@ def load_dev_sets(
         for number in range(len(plan)):
             bucket, batch = plan.bucket(number), load_batch(feed, plan, number)
             own = [int(feed.table.clip_C[row.clips[0]]) for row in plan.batch(number)]
-            _check_sound(bucket, batch, [good.read(index) for index in own])
             clips = [good.clips[index] for index in own]
+            _check_sound(bucket, batch, clips, [good.read(index) for index in own])
             batches.append((bucket, batch, (*clips, *[None] * (bucket.rows - len(clips)))))
         left_out = dict(feed.left_out.get(whole.name, {}))
         if unread := len(whole.clips[: config.validation.max_clips]) - len(good.clips):
@@ -133,11 +133,13 @@ def _digest(batches: Sequence[tuple[Bucket, Batch, tuple[Clip | None, ...]]]) ->
     return key_of(sorted(digests))
 
 
-def _check_sound(bucket: Bucket, batch: Batch, waves: Sequence[np.ndarray]) -> None:
+def _check_sound(
+    bucket: Bucket, batch: Batch, clips: Sequence[Clip], waves: Sequence[np.ndarray]
+) -> None:
     """Each row has its clip's own sound: a stand-in would be scored against another's text."""
-    for row, wave_S in enumerate(waves):
+    for row, (clip, wave_S) in enumerate(zip(clips, waves, strict=True)):
         own_S = wave_S[: bucket.audio_s * SAMPLE_RATE]
-        assert np.array_equal(batch.wave_BS[row, : batch.samples_B[row]], own_S), row
+        assert np.array_equal(batch.wave_BS[row, : batch.samples_B[row]], own_S), clip.id
 
 
 def _most_tokens(clips: ClipSet, config: Config) -> int:
@@ -153,7 +155,9 @@ def _read_all(clips: ClipSet, most: int | None, quarantine: Quarantine) -> ClipS
     waves, good = [], []
     for index, clip in enumerate(clips.clips[:most]):
         try:
-            waves.append(clips.read(index))
+            wave = clips.read(index)
+            check_length(wave, clip.duration_s)
+            waves.append(wave)
             good.append(clip)
         except BadClip as fault:
             quarantine.add(clips.name, clip.id, fault.reason, fault.detail)

@@ -64,11 +64,14 @@ def output_stems(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that cannot be written to, before hours of work are done for it."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "may not be written to" if there.is_dir() else "is no folder"
-        raise UserError(f"{folder} cannot be written", f"{there} {why}", "name another folder")
+    """Makes a folder, or refuses one that cannot be written to, before hours of work for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(folder, os.W_OK | os.X_OK) else "it may not be written to"
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+    if why:
+        raise UserError(f"{folder} cannot be written", why, "name another folder")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -306,9 +306,17 @@ def test_an_out_that_cannot_be_written_is_told_before_a_model_is_read(
     tiny, tmp_path, capsys
 ) -> None:
     (tmp_path / "taken").touch()
-    words = ["evaluate", "none", "--sets", "kan=data", "--out", str(tmp_path / "taken" / "out")]
-    assert main(words) == 1
-    assert "taken is no folder\nname another folder" in capsys.readouterr().err
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    for out, why in (
+        ("taken/out", "Not a directory"),
+        ("dangling", "File exists"),
+        ("x" * 300, ""),
+    ):
+        words = ["evaluate", "none", "--sets", "kan=data", "--out", str(tmp_path / out)]
+        assert main(words) == 1
+        told = capsys.readouterr().err
+        assert f"{why}\nname another folder" in told
+        assert "fault of hebasr" not in told
 
 
 def test_published_figures_stand_beside_ours(evaluate) -> None:

@@ -77,6 +77,8 @@ def test_an_overlap_stays_only_with_the_model_and_the_data_it_was_found_in(tmp_p
     found = write_overlap(out, {"tests": {"one": {}}})
     run(says("one"), path, out)
     assert found.exists()
+    run(says("one"), manifest(tmp_path, "more"), out)
+    assert found.exists()
     run(says("two"), manifest(tmp_path, "other"), out)
     assert not found.exists()
     write_overlap(out, {"tests": {"other": {}}})

@@ -145,6 +145,22 @@ def test_a_setting_that_is_new_is_a_change_unless_it_is_at_its_default(trained) 
     assert begin(trained, {**CONFIG, **new}, FIXED, at_defaults=["optim.moments"]) == []
 
 
+def test_a_kind_of_fact_that_is_new_is_no_change(trained) -> None:
+    """Else no run of an older version could go on."""
+    assert begin(trained, CONFIG, {**FIXED, "devices": 8}) == []
+    with pytest.raises(UserError, match="devices: 8 -> 3"):
+        begin(trained, CONFIG, {**FIXED, "devices": 3})
+
+
+def test_a_run_is_not_begun_where_no_checkpoint_could_be_saved(tmp_path, monkeypatch) -> None:
+    below = tmp_path / os.fsdecode(b"r\xff")
+    below.mkdir()
+    monkeypatch.chdir(below)
+    with pytest.raises(UserError, match="not UTF-8"), open_run(Path("runs/a")):
+        pass
+    assert not list(below.iterdir())
+
+
 def test_values_that_touch_no_step_may_change_and_are_noted(trained) -> None:
     assert begin(trained, _changed(train__log_steps=50), FIXED) == ["train.log_steps: 10 -> 50"]
 

@@ -169,8 +169,8 @@ def test_other_dev_data_ranks_checkpoints_anew(space, whole, monkeypatch, capsys
     assert new["sets"]["held"]["clips"] == 6
     figures = {name: new["sets"]["held"][name] for name in ("loss", "wer")}
     assert figures_of(run) == {"30": figures | {"scored_on": new["scored_on"]}}
-    assert len(go("--accept-changes")) == 5  # undone
+    assert len(go("--accept-changes")) == 6  # undone, and told as the newest
     assert figures_of(run)["30"]["wer"] == old["sets"]["held"]["wer"]
     assert figures_of(run).keys() == {"10", "20", "30"}
     # As many clips as there are is no other data.
-    assert len(go(*settings("validation.max_clips=None"), "--accept-changes")) == 5
+    assert len(go(*settings("validation.max_clips=None"), "--accept-changes")) == 6

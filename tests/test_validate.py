@@ -23,11 +23,11 @@ from hebasr_jax.model.layers import Compute
 from hebasr_jax.optim import join
 from hebasr_jax.run_config import Augment, Source
 from hebasr_jax.run_setup import compile_steps, load_state, set_up
+from hebasr_jax.run_start import Start, check
 from hebasr_jax.sharding import rows
 from hebasr_jax.text import PromptStyle, Transcript
-from hebasr_jax.train import begin
 from hebasr_jax.transcribe import Recognizer, transcribe
-from hebasr_jax.validate import load_dev_sets, validate
+from hebasr_jax.validate import DevSet, load_dev_sets, validate
 
 LOUD = Augment(
     speed_factors=(0.5,), time_masks=9, mel_masks=9, noise_share=1.0, gain_share=1.0, band_share=1.0
@@ -172,7 +172,7 @@ def test_what_is_odd_of_the_data_is_told_when_a_run_starts(learned, tmp_path) ->
     said: list[str] = []
     loaded = load_config(learned.folder / "config.py")
     setup = replace(learned.setup, remarks=("warning: odd",))
-    begin(setup, tmp_path, loaded, {}, said.append, accept_changes=False)
+    check(Start(loaded, tmp_path, setup, {}, said.append), accept_changes=False)
     assert said[0] == "warning: odd"
 
 
@@ -191,21 +191,25 @@ def test_a_bad_clip_is_put_on_record_and_not_scored(learned, scores) -> None:
     assert (row["set"], row["id"]) == ("noisy", "broken")
 
 
-def test_no_clip_stands_in_for_another(learned) -> None:
+def test_no_clip_stands_in_for_another(learned, monkeypatch) -> None:
     """As in training, where a clip is not as long as stated: here the text would be another's."""
-    setup = learned.setup
-    waves = [np.full(16_000, 100, np.int16), np.full(12_000, 200, np.int16)]
-    clips = tuple(Clip(word, word, 1.0) for word in WORDS[:2])
-    quarantine = Quarantine(learned.folder / "short.jsonl", 1.0, 100)
-    with pytest.raises(AssertionError):
-        load_dev_sets(
-            [ClipSet("short", clips, waves.__getitem__, "")],
-            setup.tokenizer,
-            setup.config,
-            quarantine,
-            1,
-        )
-    assert len(quarantine) == 1
+    lengths = {"whole": 16_000, "short": 12_000, "on the edge": 16_000 + 3_200}
+    waves = [np.full(samples, n, np.int16) for n, samples in enumerate(lengths.values(), 1)]
+    clips = tuple(Clip(name, WORDS[0], 1.0) for name in lengths)
+
+    def load() -> DevSet:
+        quarantine = Quarantine(learned.folder / "short.jsonl", 1.0, 100)
+        sets = [ClipSet("odd", clips, waves.__getitem__, "")]
+        (dev,) = load_dev_sets(sets, learned.setup.tokenizer, learned.setup.config, quarantine, 1)
+        return dev
+
+    dev = load()
+    scored = {clip.id for _, _, of_rows in dev.batches for clip in of_rows if clip is not None}
+    assert scored == {"whole", "on the edge"}
+    assert dev.left_out == {"cannot be read": 1}
+    monkeypatch.setattr("hebasr_jax.validate.check_length", lambda *_: None)
+    with pytest.raises(AssertionError, match="short"):
+        load()
 
 
 def test_the_first_clips_are_taken_when_there_are_too_many(learned) -> None:
