@@ -68,6 +68,8 @@ def check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         why = "" if os.access(folder, os.W_OK | os.X_OK) else "it may not be written to"
+    except FileExistsError:
+        why = "it is no folder"
     except OSError as error:
         why = f"{error.filename}: {error.strerror}"
     if why:
