@@ -64,14 +64,17 @@ def output_stems(paths: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def check_folder(folder: Path) -> None:
-    """Makes a folder, or refuses one that cannot be written to, before hours of work for it."""
+    """Refuses a folder that cannot be written to, before hours of work are done for it."""
+    why = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        why = "" if os.access(folder, os.W_OK | os.X_OK) else "it may not be written to"
-    except FileExistsError:
-        why = "it is no folder"
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}"
+        paths = (folder, *folder.absolute().parents)
+        there = next(path for path in paths if path.is_symlink() or path.exists())
+        if not there.is_dir():
+            why = f"{there} is no folder"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            why = f"{there} may not be written to"
+    except OSError as error:  # such as a name that is too long
+        why = error.strerror or str(error)
     if why:
         raise UserError(f"{folder} cannot be written", why, "name another folder")
 

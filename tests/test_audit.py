@@ -314,7 +314,7 @@ def test_an_out_that_cannot_be_written_is_told_before_anything_is_decoded(
     with monkeypatch.context() as patch:
         patch.setattr("hebasr_jax.data.audit.audit_set", None)
         assert run(source, tmp_path / "taken" / "out") == 1
-    assert "taken/out: Not a directory" in capsys.readouterr().err
+    assert "taken is no folder" in capsys.readouterr().err
     out = tmp_path / "out"
     out.mkdir()
     (out / ".audit.json.partial").symlink_to("/dev/full")
