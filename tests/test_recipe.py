@@ -228,7 +228,7 @@ def test_a_test_set_that_is_not_there_is_found_before_training(space, monkeypatc
 def test_a_kill_between_a_validation_and_its_record_costs_no_candidate(space, monkeypatch) -> None:
     monkeypatch.delenv("HF_REPO_ID", raising=False)
     few = ("train.steps=2", "validation.every_steps=2", "average.best=1")
-    for call, at in (("hebasr_jax.train.tell", 2), ("hebasr_jax.train.mean_of", 1)):
+    for call, at in (("hebasr_jax.train.tell", 2), ("hebasr_jax.train.rank", 1)):
         name = call.rsplit(".", 1)[-1]
         meddle = {"call": call, "at": at, "signal": "SIGKILL"}
         run(space, "round1", name, *few, code=-9, meddle=meddle)
