@@ -1,6 +1,8 @@
 """Commands and their flags. Heavy imports wait until a command runs: --help answers at once."""
 
+import contextlib
 import dataclasses
+import errno
 import io
 import os
 import signal
@@ -186,24 +188,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupt)
-    if words == ["--version"]:
-        print(__version__)
-        return 0
     try:
+        if words == ["--version"]:
+            print(__version__, flush=True)
+            return 0
         command: Any = tyro.extras.subcommand_cli_from_dict(
             _COMMANDS, prog="hebasr", description=f"{_ABOUT} (version {__version__})", args=words
         )
-        return command.run()
+        code = command.run()
+        print(end="", flush=True)  # a disk that fills up only now must be told too
+        return code
     except KeyboardInterrupt:
         _end_interrupted()
-    except BrokenPipeError:  # `| head`: what is left in the buffer must not fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head`
+        _drop_output()
         return _READER_GONE
     except Exception as error:
         if debug:
             traceback.print_exc()
         elif isinstance(error, UserError):
             _say(f"error: {error}")
+        elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _drop_output()
+            _say(f"error: nothing more can be written: {error.strerror}")
+            _say("what was written last may not be whole: free space, and run again")
         else:
             _say(
                 f"error: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -213,6 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         _end_one_of_several()
         return 1
+
+
+def _drop_output() -> None:
+    """What is left in the buffer of standard output must not fail again at exit."""
+    with contextlib.suppress(OSError):  # it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _require(condition: bool, what: str, do: str = "") -> None:

@@ -155,7 +155,7 @@ class Transcribe:
     def _put(self, result: "LongRecognition", stem: Path | None, several: bool) -> None:
         """Writes or prints one result; text that may be missing is never passed over in silence."""
         from hebasr_jax.subtitles import Lines
-        from hebasr_jax.writers import print_whole, render, write_whole
+        from hebasr_jax.writers import render, write_whole
 
         for start_s, end_s in result.unfinished_s:
             _say(
@@ -171,7 +171,7 @@ class Transcribe:
             else:
                 if several and kind == "txt":  # one line for each file
                     text = f"{result.name}\t{' '.join(text.split())}\n"
-                print_whole(text)
+                print(text, end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,17 +93,3 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-
-
-def print_whole(text: str) -> None:
-    """Writes to standard output at once. Raises `UserError`, but for a reader that is gone."""
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # What is left in the buffer must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise UserError(
-            f"the text cannot be written to standard output: {error.strerror}"
-        ) from None

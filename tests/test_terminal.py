@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import soundfile
 from reference import noise, tiny_folder
+from tone_runs import write_workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,15 +35,25 @@ def test_results_reach_their_file_while_a_bar_is_drawn(tmp_path) -> None:
     assert b"100%" in shown
 
 
-def test_a_standard_output_that_is_full_is_told_in_one_line(tmp_path) -> None:
+@pytest.mark.parametrize("words", [("transcribe", tiny_folder(), "a.wav"), ("train", "--dry-run")])
+def test_a_standard_output_that_is_full_is_told(tmp_path, words) -> None:
     soundfile.write(tmp_path / "a.wav", noise(16000), 16000)
-    words = ["transcribe", str(tiny_folder()), str(tmp_path / "a.wav"), "--max-new-tokens", "4"]
-    command = [sys.executable, "-m", "hebasr_jax", *words]
+    more = {"transcribe": ("--max-new-tokens", "4"), "train": ("--config", "config.py")}[words[0]]
+    write_workspace(tmp_path)
+    command = [sys.executable, "-m", "hebasr_jax", *map(str, words), *more]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        done = subprocess.run(
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
     assert done.returncode == 1
-    last = done.stderr.splitlines()[-1]
-    assert last.endswith("cannot be written to standard output: No space left on device")
+    *_, what, do = done.stderr.splitlines()
+    assert what == "error: nothing more can be written: No space left on device"
+    assert "free space" in do
     assert done.stderr.count("error") == 1
 
 
