@@ -217,6 +217,20 @@ def test_runs_that_cannot_be_averaged_are_refused(run, tmp_path) -> None:
     assert "at least 1" in fault(run, best=0)
 
 
+def test_runs_scored_on_other_data_are_not_ranked_together(run, tmp_path) -> None:
+    other = make_run(tmp_path / "b", {300: (0.1, 0.095)})
+    for folder, kind, most in ((run, "x", 500), (other, "y", 100)):
+        table = json.loads((folder / "best.json").read_text())
+        rows = {step: row | {"scored_on": kind} for step, row in table.items()}
+        (folder / "best.json").write_text(json.dumps(rows))
+        config = {"validation.max_clips": {"value": most}}
+        (folder / "config.json").write_text(json.dumps(config))
+    told = refused(lambda: best_members([run, other], 2, "wer", say=silent))
+    assert "their dev data differ: validation.max_clips: 500 -> 100" in told
+    (other / "best.json").write_text((other / "best.json").read_text().replace('"y"', '"x"'))
+    assert len(best_members([run, other], 2, "wer", say=silent)) == 2
+
+
 # Weights.
 
 

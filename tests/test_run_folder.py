@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hebasr_jax import run_changes, run_folder
+from hebasr_jax import run_changes, run_folder, run_start
 from hebasr_jax.errors import UserError
 from hebasr_jax.run_changes import changes_since
 from hebasr_jax.run_folder import (
@@ -159,6 +159,17 @@ def test_a_run_is_not_begun_where_no_checkpoint_could_be_saved(tmp_path, monkeyp
     with pytest.raises(UserError, match="not UTF-8"), open_run(Path("runs/a")):
         pass
     assert not list(below.iterdir())
+
+
+def test_processes_that_read_other_data_are_refused(monkeypatch) -> None:
+    """Each would train on batches of its own."""
+    mine = {"data.tones": "ab", "plan.train": "cd"}
+    theirs = dict(mine)
+    monkeypatch.setattr(run_start, "from_all_hosts", lambda own: [own, own, theirs])
+    run_start.refuse_unlike(mine)
+    theirs["data.tones"] = "xy"
+    with pytest.raises(UserError, match=r'processes 0 and 2 [^"]*data.tones: "ab" -> "xy"'):
+        run_start.refuse_unlike(mine)
 
 
 def test_values_that_touch_no_step_may_change_and_are_noted(trained) -> None:
